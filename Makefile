@@ -1,0 +1,26 @@
+# The few commands that people and CI run alike.
+PYTHON_BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check clean
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup:  ## create .venv and install everything (quick when already done)
+	@scripts/setup.sh
+
+demo: setup  ## serve recorded agent programs under several policies, on this machine
+	$(PYTHON_BIN)/python -m bench.serve --demo
+
+check: setup  ## ruff and mypy --strict
+	$(PYTHON_BIN)/ruff check .
+	$(PYTHON_BIN)/ruff format --check .
+	$(PYTHON_BIN)/mypy
+
+test: check  ## setup, check and all tests
+	$(PYTHON_BIN)/python -m pytest
+
+clean:  ## remove everything that can be made again, .venv included
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

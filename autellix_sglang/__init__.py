@@ -1,0 +1,3 @@
+"""SGLang with the agent program, not the request, as the unit of scheduling."""
+
+__version__ = "0.1.0"

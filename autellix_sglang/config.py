@@ -1,0 +1,131 @@
+"""Every setting of the program scheduler, each default written once, here.
+
+The command line (`launch.py`), `--help` and the docs read fields, types and texts from
+`ProgramConfig`. The object is frozen, made of plain numbers and strings, and travels to SGLang's
+processes as JSON in one environment variable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from autellix_sglang.core.policy import POLICIES
+from autellix_sglang.errors import ConfigError
+
+ENV_VAR: Final = "AUTELLIX_SGLANG_CONFIG"
+OFF: Final = "off"
+POLICY_CHOICES: Final = (OFF, *POLICIES)
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramConfig:
+    """Settings of the program scheduler; `--program-X` on the command line sets field `X`.
+
+    Services and waits are in steps: one generated token is 1 step, one uncached prefill token
+    is `prefill_weight` steps.
+    """
+
+    policy: str = _setting("plas", "order of calls; 'off' is stock SGLang, untouched")
+    levels: int = _setting(8, "number of priority levels, the last one open-ended")
+    quantum: float = _setting(32.0, "service in steps that ends level 0")
+    factor: float = _setting(2.0, "ratio between the ends of successive levels")
+    beta: float = _setting(
+        8.0, "promote a program stalled for beta times its service; 0 switches promotion off"
+    )
+    min_run: float = _setting(8.0, "steps a resumed call runs before it may be preempted again")
+    schedule_interval: int = _setting(1, "consider preemption at most every this many steps")
+    prefill_weight: float = _setting(
+        0.0, "steps that one uncached prefill token costs; 0 measures it at start"
+    )
+    ttl: float = _setting(600.0, "seconds after its last call when a program is forgotten")
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for the first field whose value cannot work."""
+        for f in dataclasses.fields(self):
+            _require_type(self, f)
+        if self.policy not in POLICY_CHOICES:
+            raise ConfigError(
+                "--program-policy", f"{self.policy!r} is not one of {', '.join(POLICY_CHOICES)}"
+            )
+        _require(self, "levels", 1 <= self.levels <= 64, "an integer from 1 to 64")
+        _require(self, "quantum", self.quantum > 0, "above 0")
+        _require(self, "factor", 1 < self.factor <= 1000, "above 1, at most 1000")
+        _require(self, "beta", self.beta >= 0, "0 (off) or above")
+        _require(self, "min_run", self.min_run >= 0, "0 or above")
+        _require(self, "schedule_interval", self.schedule_interval >= 1, "an integer from 1")
+        _require(self, "prefill_weight", self.prefill_weight >= 0, "0 (measure) or above")
+        _require(self, "ttl", self.ttl > 0, "above 0")
+
+    @property
+    def is_enabled(self) -> bool:
+        return self.policy != OFF
+
+    def replace(self, **changes: Any) -> ProgramConfig:
+        """A copy with some fields changed; raises `ConfigError` for unknown names or bad values."""
+        names = [f.name for f in dataclasses.fields(self)]
+        for name in changes:
+            if name not in names:
+                raise ConfigError(name, f"unknown setting; there are {', '.join(names)}")
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ProgramConfig:
+        """Inverse of `to_json`; raises `ConfigError` for unknown names or bad values."""
+        return cls().replace(**json.loads(text))
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> ProgramConfig:
+        """The settings a launcher left for this process; policy `off` where there are none."""
+        text = environ.get(ENV_VAR)
+        return cls.from_json(text) if text else cls(policy=OFF)
+
+
+def _require_type(config: ProgramConfig, f: dataclasses.Field[Any]) -> None:
+    value, wanted = getattr(config, f.name), type(f.default)
+    allowed = (int, float) if wanted is float else (wanted,)
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        raise ConfigError(flag_of(f.name), f"{value!r} is not of type {wanted.__name__}")
+
+
+def _require(config: ProgramConfig, name: str, is_ok: bool, allowed: str) -> None:
+    value = getattr(config, name)
+    if not is_ok or (isinstance(value, float) and not math.isfinite(value)):
+        raise ConfigError(flag_of(name), f"{value!r} is not allowed; it must be {allowed}")
+
+
+def flag_of(name: str) -> str:
+    return "--program-" + name.replace("_", "-")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add one `--program-*` flag per field of `ProgramConfig`, defaults read from it."""
+    group = parser.add_argument_group("program scheduling")
+    for f in dataclasses.fields(ProgramConfig):
+        group.add_argument(
+            flag_of(f.name),
+            type=type(f.default),
+            default=f.default,
+            choices=POLICY_CHOICES if f.name == "policy" else None,
+            metavar=None if f.name == "policy" else "N",
+            help=f"{f.metadata['help']} (default: {f.default})",
+        )
+
+
+def from_arguments(namespace: argparse.Namespace) -> ProgramConfig:
+    """Read back what `add_arguments` defined; raises `ConfigError`."""
+    names = [f.name for f in dataclasses.fields(ProgramConfig)]
+    return ProgramConfig(**{name: getattr(namespace, "program_" + name) for name in names})

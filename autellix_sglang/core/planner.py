@@ -1,0 +1,145 @@
+"""The scheduling decision as a value: what to admit first, and whom to preempt for it.
+
+Reads the program table and asks the engine what fits; changes neither. The engine's adapter
+carries the plan out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from autellix_sglang.core.program import Call, ProgramTable
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What admitting a call takes: KV tokens reserved for it, tokens to prefill at once."""
+
+    kv_tokens: int
+    prefill_tokens: int
+
+
+class EngineView(Protocol):
+    """What the planner asks of an engine, all for the pass at hand."""
+
+    @property
+    def free_slots(self) -> int:
+        """Calls that still fit into the running batch."""
+
+    @property
+    def free_kv_tokens(self) -> int:
+        """KV tokens to be had after eviction of unreferenced cache, less reservations."""
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens that one prefill batch may hold."""
+
+    def preemptible(self) -> Sequence[Call]:
+        """Running calls that the engine is able to take off the batch now."""
+
+    def demand(self, call: Call) -> Demand:
+        """What admitting a waiting call takes."""
+
+    def holding(self, call: Call) -> int:
+        """KV tokens that preempting a running call would make available."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One pass: `order` is None when the admission order of the last plan still stands."""
+
+    order: tuple[Call, ...] | None
+    preempt: tuple[Call, ...] = ()
+
+
+NOTHING: Final = Plan(order=None)
+
+
+def standing(call: Call) -> tuple[int, int, int]:
+    """Who keeps its place first: promoted and better levels, then older programs and calls."""
+    return (-1 if call.is_promoted else call.level, call.program.seq, call.seq)
+
+
+class Planner:
+    """Plans one pass after the other over one table.
+
+    `min_run` is in steps of own service since a call last started; `interval` in steps of the
+    virtual clock between two considerations of preemption.
+    """
+
+    def __init__(self, table: ProgramTable, min_run: float, interval: float) -> None:
+        self._table = table
+        self._min_run = min_run
+        self._interval = interval
+        self._seen_version = -1
+        self._seen_events = -1
+        self._considered_at = float("-inf")
+        self._is_settled = False  # only an event can bring the next preemption
+
+    def plan(self, engine: EngineView) -> Plan:
+        """The plan of this pass. Ask once per pass: it remembers what it has seen."""
+        queue = self._table.queue
+        order = None
+        if queue.version != self._seen_version:
+            self._seen_version = queue.version
+            order = tuple(queue)
+        return Plan(order, self._victims(engine) if self._is_due() else ())
+
+    def reconsider(self) -> None:
+        """Treat the next pass as if something had happened."""
+        self._seen_events = -1
+
+    def _is_due(self) -> bool:
+        table = self._table
+        if not len(table.queue):
+            return False
+        if self._seen_events == table.num_events and self._is_settled:
+            return False
+        if table.clock - self._considered_at < self._interval:
+            return False
+        self._seen_events = table.num_events
+        self._considered_at = table.clock
+        return True
+
+    def _victims(self, engine: EngineView) -> tuple[Call, ...]:
+        """Running calls to preempt so that strictly better waiting ones get in; no more."""
+        table = self._table
+        best = table.queue.first()
+        if best is None:
+            return ()
+        running = engine.preemptible()
+        worse = [c for c in running if c.level > best.level and not c.is_promoted]
+        # What fits, and who may be preempted yet, changes without an event.
+        is_all_seen = len(running) == table.num_live_calls - len(table.queue)
+        self._is_settled = is_all_seen and not worse
+        candidates = [c for c in worse if c.service - c.started_service >= self._min_run]
+        candidates.sort(key=standing)  # the last one goes first
+        return tuple(_select(table, engine, candidates))
+
+
+def _select(table: ProgramTable, engine: EngineView, candidates: list[Call]) -> list[Call]:
+    """Walk the queue in order, admitting on paper, and take victims where nothing is left."""
+    slots, kv_tokens = engine.free_slots, engine.free_kv_tokens
+    prefill_tokens = engine.prefill_tokens
+    chosen: list[Call] = []
+    for call in table.queue:
+        if not candidates or candidates[-1].level <= call.level or prefill_tokens <= 0:
+            break
+        demand = engine.demand(call)
+        taken: list[Call] = []
+        while (slots < 1 or kv_tokens < demand.kv_tokens) and candidates:
+            if candidates[-1].level <= call.level:
+                break
+            victim = candidates.pop()
+            taken.append(victim)
+            slots += 1
+            kv_tokens += engine.holding(victim)
+        if slots < 1 or kv_tokens < demand.kv_tokens:
+            break  # even all worse calls together do not make room: leave them alone
+        chosen += taken
+        slots -= 1
+        kv_tokens -= demand.kv_tokens
+        prefill_tokens -= demand.prefill_tokens
+    return chosen

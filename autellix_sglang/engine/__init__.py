@@ -1,0 +1,1 @@
+"""The adapter to SGLang: everything here may import sglang and torch."""

@@ -1,0 +1,101 @@
+"""Control messages, answered in the scheduler process."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from autellix_sglang import messages
+from autellix_sglang.core.program import Program, ProgramTable
+from autellix_sglang.errors import ConfigError, UnknownProgramError
+from autellix_sglang.messages import ProgramControl, ProgramReply
+
+if TYPE_CHECKING:
+    from autellix_sglang.engine.scheduler import ProgramScheduler
+
+
+def handle(scheduler: ProgramScheduler, request: ProgramControl) -> ProgramReply:
+    """Carry out one request. Every rank does; only rank 0's answer reaches the HTTP process."""
+    table = scheduler.program_table
+    table.now_s = max(table.now_s, request.now_s)
+    try:
+        return ProgramReply(ok=True, body=_body(scheduler, table, request))
+    except (ConfigError, UnknownProgramError) as error:
+        return ProgramReply(ok=False, error=str(error))
+
+
+def _body(
+    scheduler: ProgramScheduler, table: ProgramTable, request: ProgramControl
+) -> dict[str, Any]:
+    match request.op:
+        case messages.OPEN:
+            table.open_program(request.tenant, request.program_id)
+            return {"id": request.program_id}
+        case messages.END:
+            _find(table, request)
+            table.end_program(request.tenant, request.program_id)
+            return {"id": request.program_id, "state": "ended"}
+        case messages.GET:
+            program = _find(table, request)
+            return {**program.summary(), "calls": [call.summary() for call in program.calls()]}
+        case messages.LIST:
+            return _page(table, request)
+        case messages.TICK:
+            table.expire(request.now_s)
+            return {"programs": table.num_programs}
+        case messages.CALIBRATE:
+            assert request.prefill_weight is not None
+            scheduler.prefill_weight = request.prefill_weight
+            return {"prefill_weight": request.prefill_weight}
+        case messages.CONFIGURE:
+            scheduler.configure(scheduler.program_config.replace(**(request.config or {})))
+            return totals(scheduler)
+        case messages.STATS:
+            return totals(scheduler)
+    raise AssertionError(f"unknown control op {request.op!r}")
+
+
+def _find(table: ProgramTable, request: ProgramControl) -> Program:
+    if not request.all_tenants:
+        return table.program(request.tenant, request.program_id)
+    for program in table.programs():
+        if program.program_id == request.program_id:
+            return program
+    raise UnknownProgramError(request.program_id)
+
+
+def _page(table: ProgramTable, request: ProgramControl) -> dict[str, Any]:
+    """Programs in order of their arrival, after the one named `after`."""
+    chosen = sorted(
+        (
+            program
+            for program in table.programs()
+            if (request.all_tenants or program.tenant == request.tenant)
+            and (request.state is None or program.state == request.state)
+        ),
+        key=lambda program: program.seq,
+    )
+    start = 0
+    if request.after is not None:
+        after = _find(table, msgspec.structs.replace(request, program_id=request.after))
+        start = sum(program.seq <= after.seq for program in chosen)
+    page = list(islice(chosen, start, start + request.limit))
+    is_more = len(chosen) > start + len(page)
+    return {
+        "programs": [program.summary() for program in page],
+        "next": page[-1].program_id if page and is_more else None,
+    }
+
+
+def totals(scheduler: ProgramScheduler) -> dict[str, Any]:
+    """Counters and settings for operators, in JSON types."""
+    return {
+        **dataclasses.asdict(scheduler.program_config),
+        **scheduler.program_table.totals(),
+        "prefill_weight": scheduler.prefill_weight,
+        "recomputed_tokens": scheduler.num_recomputed_tokens,
+        "orphaned_calls": scheduler.num_orphans,
+    }

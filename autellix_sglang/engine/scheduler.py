@@ -1,0 +1,273 @@
+"""SGLang's scheduler, told about programs.
+
+`ProgramScheduler` reports to the process table what SGLang does with its requests (queued, put in
+a batch, worked on, taken off, over), orders the waiting queue by the plan and preempts in mid-decode.
+Everything else is SGLang's. How a call lives:
+
+    _add_request_to_queue --> waiting --> get_new_batch_prefill --> running --> process_batch_result
+          ^                                                            |          | finished
+          +---- preempted (this pass) or retracted (KV pool full) -----+          v
+                                          send_abort_output ------------------> closed
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+from sglang.srt.mem_cache.common import release_kv_cache
+from sglang.utils import TypeBasedDispatcher
+
+from autellix_sglang import __version__
+from autellix_sglang.config import ProgramConfig
+from autellix_sglang.core.planner import Planner
+from autellix_sglang.core.policy import POLICIES, Levels
+from autellix_sglang.core.program import Call, Phase, ProgramTable
+from autellix_sglang.engine import control
+from autellix_sglang.engine.tracking import (
+    attach,
+    call_of,
+    charge_outputs,
+    charge_prefill,
+    open_call,
+    tracked,
+)
+from autellix_sglang.engine.view import SchedulerView
+from autellix_sglang.errors import ConfigError
+from autellix_sglang.messages import ProgramControl, ProgramReply
+from autellix_sglang.patches import retraction_order
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PREFILL_WEIGHT = 0.01  # until it is measured
+_MAX_PROGRAMS_CHECKED = 1000  # integrity is asserted when idle, if that is quick
+
+
+class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
+    """`Scheduler` with program-aware order, preemption and victims."""
+
+    def init_schedule_policy(self) -> None:
+        super().init_schedule_policy()
+        self.program_table = ProgramTable(POLICIES["fcfs"], Levels(1, 1.0, 2.0), 0.0, 0.0)
+        self.prefill_weight = DEFAULT_PREFILL_WEIGHT
+        self.configure(ProgramConfig.from_env())
+        self.is_kv_blocked = False  # SGLang refused, for lack of KV, a call that the plan let in
+        self.num_recomputed_tokens = 0
+        self.num_orphans = 0
+        self._num_checked_events = -1
+        retraction_order.install()
+
+    def configure(self, config: ProgramConfig) -> None:
+        """Take over settings, at start or while serving; live calls are placed anew."""
+        if not config.is_enabled:
+            raise ConfigError("policy", "a running program scheduler cannot be switched to 'off'")
+        self.program_config = config
+        levels = Levels(config.levels, config.quantum, config.factor)
+        self.program_table.configure(POLICIES[config.policy], levels, config.beta, config.ttl)
+        self.planner = Planner(self.program_table, config.min_run, config.schedule_interval)
+        if config.prefill_weight:
+            self.prefill_weight = config.prefill_weight
+
+    def init_request_dispatcher(self) -> None:
+        super().init_request_dispatcher()
+        own = TypeBasedDispatcher([(ProgramControl, self.handle_program_control)])
+        self._request_dispatcher += own
+
+    def get_init_info(self) -> dict[str, Any]:
+        info: dict[str, Any] = super().get_init_info()
+        info["program_scheduler"] = {"version": __version__, "policy": self.program_config.policy}
+        return info
+
+    def get_internal_state(self, recv_req: Any) -> Any:
+        output = super().get_internal_state(recv_req)
+        output.internal_state["program_scheduler"] = control.totals(self)
+        return output
+
+    def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
+        return _ProgramOutputStreamer
+
+    def handle_program_control(self, request: ProgramControl) -> ProgramReply:
+        return control.handle(self, request)
+
+    # -- a call's life ---------------------------------------------------------------------------
+
+    def _create_generation_req(self, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
+        req = super()._create_generation_req(recv_req, *args, **kwargs)
+        attach(req, recv_req.sampling_params.custom_params)
+        return req
+
+    def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
+        call = call_of(req)
+        limit = self.max_queued_requests
+        if call is not None:
+            self.max_queued_requests = None  # a call that was admitted once is never turned away
+        super()._add_request_to_queue(req, is_retracted=is_retracted)
+        self.max_queued_requests = limit
+        if not self.waiting_queue or self.waiting_queue[-1] is not req:
+            return  # SGLang has refused it, and told the client
+        if call is None:
+            open_call(self.program_table, req)
+        elif call.phase is Phase.RUNNING:
+            self.program_table.preempt(call)
+
+    def send_abort_output(self, abort_req: Any, req: Any) -> None:
+        super().send_abort_output(abort_req, req)
+        self._close(req)
+
+    def process_batch_result(self, batch: Any, result: Any) -> None:
+        table = self.program_table
+        prefill_steps = 0.0
+        if batch.forward_mode.is_extend():
+            prefill_steps = self._charge_prefill(batch)
+        super().process_batch_result(batch, result)
+        for req in batch.reqs:
+            charge_outputs(table, req)
+            if req.finished():
+                self._close(req)
+        decodes = batch.forward_mode.is_decode() or bool(batch.decoding_reqs)
+        table.advance(prefill_steps + (1.0 if decodes else 0.0))
+
+    def _charge_prefill(self, batch: Any) -> float:
+        """Charge the prefilled tokens of a batch; returns their steps on the virtual clock."""
+        decoding = set(batch.decoding_reqs or ())
+        num_tokens = 0
+        for req, prefix, extend in zip(
+            batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True
+        ):
+            if req in decoding:
+                continue  # one token of a mixed batch, charged as output
+            num_tokens += extend
+            self.num_recomputed_tokens += charge_prefill(
+                self.program_table, req, prefix, extend, self.prefill_weight
+            )
+        return num_tokens * self.prefill_weight
+
+    def _close(self, req: Any) -> None:
+        call = call_of(req)
+        if call is not None:
+            self.program_table.finish(call)
+
+    # -- one pass --------------------------------------------------------------------------------
+
+    def get_new_batch_prefill(self, running_batch: Any) -> Any:
+        if len(self.waiting_queue) != len(self.program_table.queue):
+            self._reconcile()
+        plan = self.planner.plan(SchedulerView(self, running_batch))
+        if plan.order is not None:
+            self.waiting_queue[:] = [call.handle for call in plan.order]
+        victims = [call.handle for call in plan.preempt]
+        self._take_off(running_batch, victims)
+        next_plan = super().get_new_batch_prefill(running_batch)
+        for req in victims:
+            # Only now: readmitted in the same pass, a victim would meet its own result in flight.
+            self._add_request_to_queue(req, is_retracted=True)
+        self._note_admission(next_plan)
+        return next_plan
+
+    def _take_off(self, running_batch: Any, victims: list[Any]) -> None:
+        """Remove victims from the batch; their KV stays in the radix tree, evictable."""
+        if not victims:
+            return
+        keep = not self.tree_cache.supports_mamba()
+        for req in victims:
+            release_kv_cache(req, self.tree_cache, checkpoint=keep)
+            req.reset_for_retract()
+        leaving = set(victims)
+        kept = [i for i, req in enumerate(running_batch.reqs) if req not in leaving]
+        running_batch.filter_batch(keep_indices=kept)
+        running_batch.batch_is_full = False
+
+    def _note_admission(self, next_plan: Any) -> None:
+        admitted = [] if next_plan.batch_to_run is None else next_plan.batch_to_run.reqs
+        for req in admitted:
+            call = call_of(req)
+            if call is not None and call.phase is Phase.WAITING:
+                self.program_table.start(call)
+        self.is_kv_blocked = not admitted and self._is_refused_for_kv(next_plan.running_batch)
+        if self.is_kv_blocked:
+            self.planner.reconsider()
+
+    def _is_refused_for_kv(self, running_batch: Any) -> bool:
+        """Calls wait and slots are free, yet SGLang admitted none and calls the batch full."""
+        return (
+            bool(self.waiting_queue)
+            and running_batch.batch_is_full
+            and self.get_num_allocatable_reqs(len(running_batch.reqs), running_batch=running_batch)
+            > 0
+        )
+
+    def reqs_prefilling_in_flight(self) -> set[Any]:
+        """Requests whose prefill result is not processed yet (overlap scheduling)."""
+        queue = getattr(self, "result_queue", ())
+        return {req for batch, _ in queue if batch.forward_mode.is_extend() for req in batch.reqs}
+
+    # -- safety net ------------------------------------------------------------------------------
+
+    def on_idle(self) -> None:
+        super().on_idle()
+        table = self.program_table
+        if self._num_checked_events != table.num_events and self.is_fully_idle():
+            self._num_checked_events = table.num_events
+            self._reconcile()
+            if table.num_programs <= _MAX_PROGRAMS_CHECKED:
+                table.check_integrity()
+
+    def _reconcile(self) -> None:
+        """Bring the table in line with SGLang's queues; they are the truth.
+
+        Every path that moves a request is hooked, so a difference is a path that we do not know
+        of: it is mended, counted and logged, and the engine goes on.
+        """
+        waiting = set(self.waiting_queue)
+        held = self._held_requests()
+        for call in self.program_table.live_calls():
+            self._mend(call, call.handle in waiting, call.handle in held)
+        for req in self.waiting_queue:
+            if call_of(req) is None:
+                open_call(self.program_table, req)
+
+    def _held_requests(self) -> set[Any]:
+        held: set[Any] = set(self.collect_inflight_reqs())
+        held.update(self.grammar_manager.grammar_queue)
+        if self.chunked_req is not None:
+            held.add(self.chunked_req)
+        return held
+
+    def _mend(self, call: Call, is_waiting: bool, is_held: bool) -> None:
+        table = self.program_table
+        if is_waiting and call.phase is Phase.RUNNING:
+            table.preempt(call)
+        elif not is_waiting and is_held and call.phase is Phase.WAITING:
+            table.start(call)
+        elif not is_waiting and not is_held:
+            self.num_orphans += 1
+            logger.warning("call %s left the engine unseen; closed", call.rid)
+            table.finish(call)
+
+
+class _ProgramOutputStreamer(SchedulerOutputStreamer):  # type: ignore[misc]
+    """Adds a finished call's summary to its output, as `meta_info["program"]`."""
+
+    has_additional_customized_info = True
+
+    def build_additional_customized_info(self, reqs: Iterable[Any]) -> dict[str, list[Any]]:
+        return {"program": [[_summary(req)] if req.finished() else [] for req in reqs]}
+
+    def is_request_level_customized_info_key(self, key: str) -> bool:
+        return key == "program"
+
+
+def _summary(req: Any) -> dict[str, Any]:
+    """What a client is told; tokens of the step at hand are not charged yet."""
+    entry = tracked(req)
+    if entry.call is None:
+        return {}
+    num_uncharged = len(req.output_ids) - entry.num_charged_outputs
+    summary = entry.call.summary()
+    summary["state"] = Phase.FINISHED.value
+    summary["service_steps"] += num_uncharged
+    summary["program_id"] = entry.call.program.program_id
+    return summary

@@ -1,0 +1,92 @@
+"""What the scheduler process remembers on each SGLang request, and how work becomes service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from autellix_sglang.core.program import Call, Phase, ProgramTable
+from autellix_sglang.identity import WIRE_KEY, CallTag
+
+_ATTRIBUTE = "autellix_tracked"
+
+
+@dataclass(slots=True)
+class Tracked:
+    """The scheduling side of one `Req`; `call` is None until it is queued the first time."""
+
+    tag: CallTag
+    call: Call | None = None
+    num_charged_outputs: int = 0
+    num_computed_tokens: int = 0  # longest prefix whose computation was charged
+
+
+def attach(req: Any, custom_params: dict[str, Any] | None) -> None:
+    """Remember the tag that the HTTP process sent with a request.
+
+    A request that did not come through it (SGLang's own health checks, an `Engine` in process)
+    has none, or a client's own idea of one: it is a program of its own.
+    """
+    try:
+        tag = CallTag.from_wire((custom_params or {})[WIRE_KEY])
+    except (KeyError, TypeError, AttributeError):
+        tag = CallTag.anonymous_call(req.rid)
+    setattr(req, _ATTRIBUTE, Tracked(tag))
+
+
+def tracked(req: Any) -> Tracked:
+    found: Tracked = getattr(req, _ATTRIBUTE)
+    return found
+
+
+def call_of(req: Any) -> Call | None:
+    """The live call of a request, or None (never queued, or over)."""
+    call = tracked(req).call
+    return None if call is None or call.phase is Phase.FINISHED else call
+
+
+def open_call(table: ProgramTable, req: Any) -> Call:
+    """Enter a request that SGLang has queued for the first time."""
+    entry = tracked(req)
+    tag = entry.tag
+    table.now_s = max(table.now_s, tag.now_s)
+    entry.call = table.open_call(
+        req.rid,
+        tenant=tag.tenant,
+        program_id=tag.program_id,
+        is_anonymous=tag.anonymous,
+        call_id=tag.call_id,
+        thread_id=tag.thread_id,
+        parent_call_ids=tag.parent_call_ids,
+        ends_program=tag.ends_program,
+        handle=req,
+    )
+    return entry.call
+
+
+def charge_outputs(table: ProgramTable, req: Any) -> None:
+    """Charge the tokens generated since the last time: one step each. Safe to repeat."""
+    entry = tracked(req)
+    num_new = len(req.output_ids) - entry.num_charged_outputs
+    if num_new > 0 and entry.call is not None and entry.call.phase is Phase.RUNNING:
+        entry.num_charged_outputs += num_new
+        entry.num_computed_tokens = len(req.origin_input_ids) + len(req.output_ids)
+        table.charge(entry.call, float(num_new))
+
+
+def charge_prefill(
+    table: ProgramTable, req: Any, prefix_len: int, extend_len: int, weight: float
+) -> int:
+    """Charge prefilled tokens; returns how many of them had been computed before.
+
+    Tokens that are computed again after a preemption are our doing: they are counted for
+    operators, and not held against the program.
+    """
+    entry = tracked(req)
+    end = prefix_len + extend_len
+    num_again = max(0, min(end, entry.num_computed_tokens) - prefix_len)
+    num_new = extend_len - num_again
+    entry.num_computed_tokens = max(end, entry.num_computed_tokens)
+    if entry.call is not None and entry.call.phase is Phase.RUNNING and num_new > 0:
+        table.charge(entry.call, num_new * weight)
+    return num_again

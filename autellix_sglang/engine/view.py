@@ -1,0 +1,103 @@
+"""The planner's questions, answered from SGLang's live scheduler."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
+from sglang.srt.mem_cache.common import match_kv_cache
+
+from autellix_sglang.core.planner import Demand
+from autellix_sglang.core.program import Call
+from autellix_sglang.engine.tracking import call_of
+
+if TYPE_CHECKING:
+    from autellix_sglang.engine.scheduler import ProgramScheduler
+
+
+class SchedulerView:
+    """`core.planner.EngineView` of one pass. Reads; reserves nothing.
+
+    The token arithmetic follows SGLang's `PrefillAdder`, which has the last word: where it refuses
+    a call that this view let in, the scheduler says so through `is_kv_blocked`.
+    """
+
+    def __init__(self, scheduler: ProgramScheduler, running_batch: Any) -> None:
+        self._scheduler = scheduler
+        self._batch = running_batch
+
+    @property
+    def free_slots(self) -> int:
+        batch = self._batch
+        slots: int = self._scheduler.get_num_allocatable_reqs(len(batch.reqs), running_batch=batch)
+        return slots
+
+    @property
+    def free_kv_tokens(self) -> int:
+        if self._scheduler.is_kv_blocked:
+            return 0
+        scheduler = self._scheduler
+        cached = scheduler.tree_cache.evictable_size()
+        available: int = scheduler.token_to_kv_pool_allocator.available_size()
+        return available + cached - sum(self._reserved(req) for req in self._batch.reqs)
+
+    @property
+    def prefill_tokens(self) -> int:
+        scheduler = self._scheduler
+        limit: int = scheduler.max_prefill_tokens
+        if scheduler.chunked_prefill_size is not None:
+            if scheduler.chunked_req is not None:
+                return 0  # the chunk in progress takes the whole pass
+            limit = min(limit, scheduler.chunked_prefill_size)
+        return limit
+
+    def preemptible(self) -> list[Call]:
+        in_flight = self._scheduler.reqs_prefilling_in_flight()
+        calls = [
+            call_of(req) for req in self._batch.reqs if is_preemptible(req) and req not in in_flight
+        ]
+        return [call for call in calls if call is not None]
+
+    def demand(self, call: Call) -> Demand:
+        req = call.handle
+        match_kv_cache(req, self._scheduler.tree_cache)
+        num_tokens = len(req.origin_input_ids) + len(req.output_ids)
+        uncached = max(1, num_tokens - req.num_matched_prefix_tokens)
+        return Demand(uncached + _max_new_tokens(req) + self._scheduler.page_size, uncached)
+
+    def holding(self, call: Call) -> int:
+        req = call.handle
+        own: int = req.kv.kv_committed_len
+        return own + self._reserved(req)
+
+    def _reserved(self, req: Any) -> int:
+        ratio: float = self._scheduler.new_token_ratio_tracker.current
+        return int(_max_new_tokens(req) * ratio)
+
+
+def _max_new_tokens(req: Any) -> int:
+    left: int = req.sampling_params.max_new_tokens - len(req.output_ids)
+    return max(0, min(left, CLIP_MAX_NEW_TOKENS))
+
+
+def is_preemptible(req: Any) -> bool:
+    """Whether taking a running request off the batch cannot change its result.
+
+    Excluded are requests whose per-token extras SGLang rebuilds on resumption (log-probabilities,
+    hidden states, routed experts, sampling masks), whose prompt is not its token ids (embeddings,
+    images), whose KV belongs to a session, and beams. They are ordered, and run to their end.
+    """
+    return not (
+        req.finished()
+        or req.to_finish is not None
+        or not req.output_ids
+        or req.return_logprob
+        or req.return_hidden_states
+        or req.return_routed_experts
+        or req.return_indexer_topk
+        or req.return_sampling_mask
+        or req.input_embeds is not None
+        or req.multimodal_inputs is not None
+        or req.session is not None
+        or req.beam_group is not None
+    )

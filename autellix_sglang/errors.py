@@ -1,0 +1,62 @@
+"""Every error this package raises on purpose.
+
+    AutellixError
+    ├── ConfigError          a flag has a value that cannot work
+    │   └── UnsupportedModeError   an SGLang mode that program scheduling cannot honour
+    ├── IdentityError        an id in a request is malformed            -> HTTP 400
+    ├── UnknownProgramError  no such program for this tenant            -> HTTP 404
+    ├── ActivationError      SGLang started without our scheduler in place
+    ├── ModelCacheError      the built-in model could not be written
+    └── ControlError         the scheduler did not answer a control message -> HTTP 503
+
+Errors are for the user's mistakes and the world's; our own bugs are assertions.
+"""
+
+from __future__ import annotations
+
+
+class AutellixError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class ConfigError(AutellixError):
+    """A setting has a value that cannot work; names the field and the allowed values."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+
+
+class UnsupportedModeError(ConfigError):
+    """An SGLang mode that program scheduling cannot honour; names the flag and why."""
+
+
+class IdentityError(AutellixError, ValueError):
+    """An id in a request is malformed; names the header or body field.
+
+    A `ValueError` too, because that is what SGLang's endpoints answer with HTTP 400.
+    """
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+
+
+class UnknownProgramError(AutellixError):
+    """The tenant has no program of this id (never had, ended, or forgotten after its TTL)."""
+
+    def __init__(self, program_id: str) -> None:
+        super().__init__(f"program {program_id!r} is not known (ended, or idle beyond its TTL)")
+        self.program_id = program_id
+
+
+class ActivationError(AutellixError):
+    """SGLang came up without the program scheduler; serving on would be silently stock."""
+
+
+class ModelCacheError(AutellixError):
+    """The built-in model could not be written to the cache directory."""
+
+
+class ControlError(AutellixError):
+    """The scheduler process did not answer a control message in time."""

@@ -1,0 +1,173 @@
+"""`python -m autellix_sglang.launch`: an SGLang server that schedules programs.
+
+Takes our own flags and every flag of SGLang. The processes that SGLang spawns import this module
+again as their `__main__`, so it imports nothing heavy before `main` runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from autellix_sglang import __version__
+from autellix_sglang.config import ENV_VAR, ProgramConfig, add_arguments, from_arguments
+from autellix_sglang.engine.support import check_supported
+from autellix_sglang.errors import AutellixError, ConfigError
+from autellix_sglang.patches import torchvision_ops
+
+logger = logging.getLogger("autellix_sglang")
+
+MODEL_FLAGS: Final = ("--model-path", "--model")
+LOG_FORMAT: Final = "[%(asctime)s] %(message)s"  # SGLang's
+
+torchvision_ops.install()  # in this process and, by re-import, in those it spawns
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until stopped; returns the exit status, 2 for anything wrong with the arguments."""
+    try:
+        namespace, sglang_argv = parse(sys.argv[1:] if argv is None else argv)
+        if namespace.help_sglang:
+            return _print_sglang_help()
+        return serve(from_arguments(namespace), sglang_argv)
+    except AutellixError as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Split the command line into our flags and SGLang's, which are left as they are."""
+    parser = _Parser(
+        prog="python -m autellix_sglang.launch",
+        usage="%(prog)s [our flags] [any flag of `sglang serve` ...]",
+        description="Serve a model with SGLang, scheduling agent programs instead of requests. "
+        "All flags of `sglang serve` are accepted and mean what they mean there (see "
+        "--help-sglang). Without --model-path a tiny built-in model is served.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--help-sglang", action="store_true", help="show SGLang's flags and exit")
+    parser.add_argument("--version", action="version", version=_versions())
+    add_arguments(parser)
+    return parser.parse_known_args(argv)
+
+
+def serve(config: ProgramConfig, sglang_argv: list[str]) -> int:
+    """Run SGLang with these settings until it stops."""
+    # Read by the processes SGLang spawns; `off` also silences our plugin there.
+    os.environ[ENV_VAR] = config.to_json()
+    server_args = prepare(config, sglang_argv)
+    signal.signal(signal.SIGTERM, _exit_on_signal)  # until SGLang's own handler takes over
+
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.utils import kill_process_tree
+
+    from autellix_sglang.engine import plugin
+
+    try:
+        plugin.register()
+        load_plugins()
+        from sglang.launch_server import run_server
+
+        run_server(server_args)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+    return 0
+
+
+def prepare(config: ProgramConfig, sglang_argv: list[str]) -> Any:
+    """SGLang's server arguments, with defaults that make a bare command line work.
+
+    Raises `ConfigError` for a value that SGLang refuses and for a mode that we cannot honour.
+    """
+    from sglang.srt.server_args import ServerArgs, prepare_server_args
+
+    given = given_flags(sglang_argv)
+    if "--config" not in given:
+        parser = _Parser(prog="sglang", add_help=False)  # SGLang's own prints every flag it has
+        ServerArgs.add_cli_args(parser)
+        parser.parse_args(["--model-path=", *sglang_argv])
+    try:
+        server_args = prepare_server_args([*sglang_argv, *_default_flags(given)])
+        if config.is_enabled:
+            check_supported(server_args)
+            server_args.resolve_once()  # reads the model's configuration
+    except (ValueError, OSError) as error:
+        raise ConfigError("SGLang", str(error)) from error
+    return server_args
+
+
+def given_flags(sglang_argv: Iterable[str]) -> frozenset[str]:
+    """The flags on the command line or in the file named by --config."""
+    argv = list(sglang_argv)
+    given = {arg.partition("=")[0] for arg in argv if arg.startswith("--")}
+    if "--config" in argv[:-1]:
+        import yaml
+
+        path = argv[argv.index("--config") + 1]
+        try:
+            settings = yaml.safe_load(Path(path).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError("--config", str(error)) from error
+        given |= {"--" + str(key).replace("_", "-") for key in settings or ()}
+    return frozenset(given)
+
+
+def _default_flags(given: frozenset[str]) -> list[str]:
+    flags: dict[str, str] = {}
+    if not given.intersection(MODEL_FLAGS):
+        flags |= _builtin_model_flags()
+    from autellix_sglang.platform import has_accelerator
+
+    if not has_accelerator():
+        flags |= {"--device": "cpu", "--attention-backend": "torch_native"}
+    missing = {flag: value for flag, value in flags.items() if flag not in given}
+    return [part for item in missing.items() for part in item]
+
+
+def _builtin_model_flags() -> dict[str, str]:
+    from autellix_sglang.platform.tiny_model import ensure_tiny_model
+
+    path = str(ensure_tiny_model())
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, datefmt="%Y-%m-%d %H:%M:%S")
+    logger.warning("no --model-path: serving the built-in tiny model with random weights, %s", path)
+    return {"--model-path": path, "--dtype": "float32"}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad value in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SystemExit(_report(message))
+
+
+def _report(error: object) -> int:
+    text = " ".join(str(error).split())
+    print(f"autellix_sglang: error: {text}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _versions() -> str:
+    return f"autellix_sglang {__version__} (sglang {importlib.metadata.version('sglang')})"
+
+
+def _print_sglang_help() -> int:
+    from sglang.srt.server_args import prepare_server_args
+
+    prepare_server_args(["--help"])
+    return 0
+
+
+def _exit_on_signal(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

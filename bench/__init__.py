@@ -1,0 +1,14 @@
+"""Benchmarks: one file per question, run as `python -m bench.NAME`.
+
+    trace.py      recorded workloads: load, check, scale, mix
+    synthetic.py  built-in workloads calibrated to the paper's Fig. 11
+    prompts.py    the token ids of every call, deterministic
+    replay.py     open-loop replay of programs against `/generate`
+    stats.py      what was measured, as records and as numbers
+    server.py     start, watch and stop the servers under test
+    report.py     one self-contained HTML page
+    common.py     what every benchmark prints: progress, table, one JSON line
+    serve.py      the question "what does a policy do to program latency on a live engine?"
+
+Nothing in the product imports this package.
+"""

@@ -1,0 +1,214 @@
+"""Start the servers under test, wait for them, read their state, and stop exactly them.
+
+A server is `python -m autellix_sglang.launch --program-policy P` in a process group of its own.
+Its log goes to a file whose tail is shown if it dies. Several may be started at once; idle ones
+sleep (`--sleep-on-idle`) and one thread each (`OMP_NUM_THREADS=1`) keeps them off each other's
+cores. They run with `--enable-metrics`, the only way to learn a call's queueing time from stock
+SGLang.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from bench.common import ROOT
+
+START_TIMEOUT_S = 600.0
+STOP_TIMEOUT_S = 10.0
+POLL_S = 0.25
+LOG_TAIL_LINES = 40
+COMMON_FLAGS = ("--host", "127.0.0.1", "--sleep-on-idle", "--enable-metrics")
+
+
+class ServerError(RuntimeError):
+    """A server did not start, died, or did not do what it was asked; shows its log's tail."""
+
+
+def launch_command(policy: str, port: int, flags: Sequence[str] = ()) -> list[str]:
+    """The command that starts a server; `flags` come last, so they win over ours."""
+    launch = [sys.executable, "-m", "autellix_sglang.launch", "--program-policy", policy]
+    return [*launch, "--port", str(port), *COMMON_FLAGS, *flags]
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+class Server:
+    """A server process of ours: `start`, `wait_ready`, `stop`; as a context manager all three."""
+
+    def __init__(self, name: str, command: Sequence[str], port: int, log_directory: Path) -> None:
+        self.name = name
+        self.base_url = f"http://127.0.0.1:{port}"
+        self.log_path = log_directory / f"{name}-{port}.log"
+        self._command = list(command)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Spawn the process and return at once."""
+        with self.log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_ready(
+        self,
+        timeout_s: float = START_TIMEOUT_S,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Return once `/health` answers 200; raises `ServerError` if it dies or takes too long."""
+        deadline = clock() + timeout_s
+        while not is_healthy(self.base_url):
+            self.check_alive()
+            if clock() > deadline:
+                raise ServerError(
+                    f"{self._title()} not ready after {timeout_s:.0f} s{self._tail()}"
+                )
+            sleep(POLL_S)
+
+    def check_alive(self) -> None:
+        """Raise `ServerError` with the log's tail if the process has ended."""
+        assert self._process is not None, "start() comes first"
+        status = self._process.poll()
+        if status is not None:
+            raise ServerError(f"{self._title()} ended with status {status}{self._tail()}")
+
+    @property
+    def pid(self) -> int:
+        """The root of the server's process tree, once started."""
+        assert self._process is not None, "start() comes first"
+        return self._process.pid
+
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """End the whole process group: SIGTERM, then SIGKILL for what is left after `timeout_s`."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        _signal_group(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + timeout_s
+        # Reap the leader on the way, or its zombie would keep the group alive.
+        while process.poll() is None or _signal_group(process.pid, 0):
+            if time.monotonic() > deadline:
+                _signal_group(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.05)
+        process.wait()
+
+    def __enter__(self) -> Server:
+        try:
+            self.start()
+            self.wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _title(self) -> str:
+        return f"server {self.name!r} ({' '.join(self._command)})"
+
+    def _tail(self) -> str:
+        lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return f"; end of {self.log_path}:\n" + "\n".join(f"    {line}" for line in lines)
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """Send a signal to a process group of ours; False if nobody is left in it."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@contextmanager
+def policy_servers(
+    policies: Sequence[str], flags: Sequence[str] = ()
+) -> Iterator[dict[str, Server]]:
+    """One server per policy with identical flags, started side by side, stopped at the end."""
+    directory = Path(tempfile.mkdtemp(prefix="autellix-bench-"))
+    with ExitStack() as stack:
+        servers: dict[str, Server] = {}
+        for policy in policies:
+            port = free_port()
+            servers[policy] = Server(policy, launch_command(policy, port, flags), port, directory)
+            stack.callback(servers[policy].stop)
+            servers[policy].start()
+        for server in servers.values():
+            server.wait_ready()
+        yield servers
+
+
+# --- asking a server, ours or not ---------------------------------------------------------------
+
+
+def is_healthy(base_url: str) -> bool:
+    try:
+        _request(f"{base_url}/health", timeout_s=5.0)
+    except OSError:
+        return False
+    return True
+
+
+def server_info(base_url: str) -> Mapping[str, Any]:
+    """SGLang's `/server_info`: its settings and state; raises `ServerError`."""
+    try:
+        info = json.loads(_request(f"{base_url}/server_info"))
+    except (OSError, ValueError) as error:
+        raise ServerError(f"{base_url}/server_info: {error}") from error
+    return info if isinstance(info, dict) else {}
+
+
+def flush_cache(
+    base_url: str, timeout_s: float = 30.0, sleep: Callable[[float], None] = time.sleep
+) -> None:
+    """Empty the prefix cache; waits for a busy server to come to rest, raises `ServerError`."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            _request(f"{base_url}/flush_cache", method="POST")
+            return
+        except OSError as error:
+            # SGLang refuses with 400 while calls are still being cleaned up.
+            if time.monotonic() > deadline or not isinstance(error, urllib.error.HTTPError):
+                raise ServerError(f"{base_url}/flush_cache: {error}") from error
+        sleep(POLL_S)
+
+
+def _request(url: str, method: str = "GET", timeout_s: float = 30.0) -> bytes:
+    request = urllib.request.Request(url, method=method)
+    with urllib.request.urlopen(request, timeout=timeout_s) as response:
+        body: bytes = response.read()
+    return body

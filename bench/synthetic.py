@@ -1,0 +1,242 @@
+"""Built-in workloads, calibrated to what the Autellix paper publishes of its own (Fig. 11).
+
+| name | models | calls per program, mean (max) | prefill / decode tokens per call | shape |
+|---|---|---|---|---|
+| `chat` | ShareGPT | 6.66 (80) | 256 / 277 | one thread, append-only history |
+| `react` | BFCL ReAct | 10.75 (70) | 735 / 34 | one thread, tool list in front |
+| `tree` | LATS | 159.7 (400) | 467 / 73 | fan-out of five with barriers |
+| `mixed` | | | | equal parts of the three |
+
+The paper publishes means and maxima only; numbers of calls and tokens are drawn from clipped
+lognormal distributions whose means are solved to be exactly those. "Prefill" is read as the tokens
+a call adds (`new_tokens`): with 277 decoded tokens per call a whole chat prompt cannot average 256.
+The paper models neither tool nor human time, so gaps are null.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+
+from bench.trace import TraceCall, TraceProgram
+
+WINDOW_TOKENS = 8192
+FAN_OUT = 5
+
+# --- distributions ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Whole numbers 1..`largest`: a rounded, clipped lognormal with exactly this mean.
+
+    `sigma` is the standard deviation of the logarithm before clipping, the weight of the tail.
+    """
+
+    mean: float
+    sigma: float
+    largest: int
+
+    def draw(self, rng: random.Random) -> int:
+        value = math.exp(_solve_mu(self) + self.sigma * rng.gauss(0.0, 1.0))
+        return min(max(round(value), 1), self.largest)
+
+
+@lru_cache(maxsize=64)
+def _solve_mu(counts: Counts) -> float:
+    """The lognormal's location that gives `counts.mean` after rounding and clipping."""
+    low, high = -5.0, math.log(counts.largest) + 5.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if _clipped_mean(middle, counts) < counts.mean:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _clipped_mean(mu: float, counts: Counts) -> float:
+    # E[X] of a whole-numbered X >= 1 is 1 + the sum of P(X >= k) over k = 2..largest.
+    normal = NormalDist(mu, counts.sigma)
+    return 1 + sum(1 - normal.cdf(math.log(k - 0.5)) for k in range(2, counts.largest + 1))
+
+
+# --- single-thread programs ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """How chat and ReAct programs are drawn: turns, first prompt, later additions, answers.
+
+    `shared_prefixes` are the lengths of the system prompts or tool lists in use, one per group.
+    """
+
+    calls: Counts
+    shared_prefixes: tuple[int, ...]
+    first: Counts
+    added: Counts
+    answer: Counts
+
+
+CHAT = Dialogue(
+    calls=Counts(6.66, 1.0, 80),
+    shared_prefixes=(0,),
+    first=Counts(255.65, 1.4, 2048),
+    added=Counts(255.65, 1.4, 2048),
+    answer=Counts(276.81, 0.6, 1024),
+)
+
+# The tool list and the task average 2,000 tokens; the later calls make up the rest of the mean.
+_REACT_FIRST = 2000.0
+REACT = Dialogue(
+    calls=Counts(10.75, 0.6, 70),
+    shared_prefixes=(1200, 1400, 1600, 1800, 1800, 2000, 2200, 2400),
+    first=Counts(_REACT_FIRST - 1800, 0.5, 1024),
+    added=Counts((735.06 * 10.75 - _REACT_FIRST) / (10.75 - 1), 0.8, 3000),
+    answer=Counts(34.14, 0.8, 256),
+)
+
+
+def _dialogue(kind: str, shape: Dialogue, index: int, rng: random.Random) -> TraceProgram:
+    group = rng.randrange(len(shape.shared_prefixes))
+    shared = shape.shared_prefixes[group]
+    first = shared + shape.first.draw(rng)
+    calls = [TraceCall("0", first, first, shape.answer.draw(rng), shared_prefix_tokens=shared)]
+    for _ in range(shape.calls.draw(rng) - 1):
+        calls.append(_next_turn(calls[-1], first, shape, rng))
+    return TraceProgram(
+        f"{kind}-{index}", f"synthetic-{kind}", kind, tuple(calls), None, str(group)
+    )
+
+
+def _next_turn(last: TraceCall, first: int, shape: Dialogue, rng: random.Random) -> TraceCall:
+    new, output = shape.added.draw(rng), shape.answer.draw(rng)
+    history = last.prompt_tokens + last.output_tokens
+    if history + new + output > WINDOW_TOKENS:
+        # What chat and agent front ends do when the context is full: keep the first prompt.
+        history = first
+    return TraceCall(str(int(last.id) + 1), history + new, new, output, (last.id,))
+
+
+# --- tree searches ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One kind of call in a tree search: its fresh prompt and its answer."""
+
+    op: str
+    shared_prefix_tokens: int
+    prompt: Counts
+    answer: Counts
+
+
+TREE_CALLS = Counts(159.71, 0.45, 400)
+# A round is five proposals, five valuations and one reflection; the reflection's means are what
+# remains of the paper's 467.24 prefill and 72.64 decode tokens per call.
+PROPOSE = Step("propose", 300, Counts(480.0, 0.2, 1500), Counts(90.0, 0.5, 400))
+VALUE = Step("value", 260, Counts(440.0, 0.2, 1500), Counts(50.0, 0.5, 300))
+REFLECT = Step(
+    "reflect",
+    280,
+    Counts(11 * 467.24 - 5 * 480.0 - 5 * 440.0, 0.2, 1500),
+    Counts(11 * 72.64 - 5 * 90.0 - 5 * 50.0, 0.5, 400),
+)
+
+
+def _tree(index: int, rng: random.Random) -> TraceProgram:
+    count = TREE_CALLS.draw(rng)
+    calls = tuple(call for _, call in zip(range(count), _tree_calls(rng), strict=False))
+    return TraceProgram(f"tree-{index}", "synthetic-tree", "tree", calls)
+
+
+def _tree_calls(rng: random.Random) -> Iterator[TraceCall]:
+    """Rounds without end: propose (samples of one prompt), value each, reflect on all."""
+    next_id = 0
+    parents: tuple[str, ...] = ()
+    while True:
+        for fan_out in (_samples(rng, next_id, parents), _values(rng, next_id + FAN_OUT)):
+            yield from fan_out
+            parents = tuple(call.id for call in fan_out)
+        next_id += 2 * FAN_OUT
+        reflection = _fresh(REFLECT, next_id, 0, parents, rng)
+        yield reflection
+        next_id, parents = next_id + 1, (reflection.id,)
+
+
+def _samples(rng: random.Random, first_id: int, parents: tuple[str, ...]) -> list[TraceCall]:
+    prompt = PROPOSE.prompt.draw(rng)
+    return [
+        TraceCall(
+            id=str(first_id + i),
+            prompt_tokens=prompt,
+            new_tokens=prompt,
+            output_tokens=PROPOSE.answer.draw(rng),
+            parents=parents,
+            thread=str(i),
+            shared_prefix_tokens=min(prompt, PROPOSE.shared_prefix_tokens),
+            op=PROPOSE.op,
+            same_prompt_as=str(first_id) if i else None,
+        )
+        for i in range(FAN_OUT)
+    ]
+
+
+def _values(rng: random.Random, first_id: int) -> list[TraceCall]:
+    barrier = tuple(str(first_id - FAN_OUT + i) for i in range(FAN_OUT))
+    return [_fresh(VALUE, first_id + i, i, barrier, rng) for i in range(FAN_OUT)]
+
+
+def _fresh(
+    step: Step, call_id: int, thread: int, parents: tuple[str, ...], rng: random.Random
+) -> TraceCall:
+    prompt = step.prompt.draw(rng)
+    return TraceCall(
+        id=str(call_id),
+        prompt_tokens=prompt,
+        new_tokens=prompt,
+        output_tokens=step.answer.draw(rng),
+        parents=parents,
+        thread=str(thread),
+        shared_prefix_tokens=min(prompt, step.shared_prefix_tokens),
+        op=step.op,
+    )
+
+
+# --- workloads ----------------------------------------------------------------------------------
+
+
+def _chat(index: int, rng: random.Random) -> TraceProgram:
+    return _dialogue("chat", CHAT, index, rng)
+
+
+def _react(index: int, rng: random.Random) -> TraceProgram:
+    return _dialogue("react", REACT, index, rng)
+
+
+_KINDS: dict[str, Callable[[int, random.Random], TraceProgram]] = {
+    "chat": _chat,
+    "react": _react,
+    "tree": _tree,
+}
+WORKLOADS: dict[str, tuple[str, ...]] = {
+    **{kind: (kind,) for kind in _KINDS},
+    "mixed": tuple(_KINDS),
+}
+
+
+def generate(kind: str, num_programs: int, seed: int) -> tuple[TraceProgram, ...]:
+    """`num_programs` programs of one kind; the same seed gives the same programs.
+
+    Program i does not depend on how many are asked for, so a larger sample extends a smaller one.
+    """
+    return tuple(_KINDS[kind](i, random.Random(f"{seed}/{kind}/{i}")) for i in range(num_programs))
+
+
+def corpora(workload: str, num_programs: int, seed: int) -> list[tuple[TraceProgram, ...]]:
+    """The sources of a workload, one per kind, each large enough to give every program."""
+    return [generate(kind, num_programs, seed) for kind in WORKLOADS[workload]]

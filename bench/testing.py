@@ -1,0 +1,121 @@
+"""A stand-in for SGLang's `/generate`, to try the benchmark side without an engine.
+
+`FakeServer` answers on a real socket in the caller's event loop: it is a few slots that serve calls
+first come, first served, at a fixed time per token. Outputs depend on the prompt only, as
+greedy ones do. It notes every call with its headers, and can be told to fail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+
+@dataclass(slots=True)
+class FakeCall:
+    """One call as the server saw it; times are of `time.perf_counter`."""
+
+    headers: Mapping[str, str]
+    input_ids: list[int]
+    body: Mapping[str, Any]
+    received_s: float
+    finished_s: float = 0.0
+
+
+def echo_output(input_ids: list[int], count: int) -> list[int]:
+    """What the fake generates: ids that change with any token of the prompt."""
+    seed = sum((i + 1) * token for i, token in enumerate(input_ids))
+    return [(seed + 7 * i) % 256 for i in range(count)]
+
+
+@dataclass
+class FakeServer:
+    """Settings and notes of a fake engine; `async with fake.listen() as url` serves it.
+
+    `fail` may return an HTTP status other than 200 for a call, or 0 to drop its connection.
+    """
+
+    slots: int = 1000
+    token_s: float = 0.0
+    reports_queueing: bool = True
+    program_info: Mapping[str, Any] | None = None
+    fail: Callable[[FakeCall], int] = lambda call: 200
+    calls: list[FakeCall] = field(default_factory=list)
+    ended_programs: list[str] = field(default_factory=list)
+
+    @asynccontextmanager
+    async def listen(self) -> AsyncIterator[str]:
+        """Serve on a free port of the loopback; yields the base URL."""
+        self._free = asyncio.Semaphore(self.slots)
+        application = web.Application(client_max_size=2**26)
+        application.router.add_post("/generate", self._generate)
+        application.router.add_delete("/v1/programs/{id}", self._end_program)
+        runner = web.AppRunner(application)
+        await runner.setup()
+        try:
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            host, port = runner.addresses[0][:2]
+            yield f"http://{host}:{port}"
+        finally:
+            await runner.cleanup()
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        call = FakeCall(dict(request.headers), body["input_ids"], body, time.perf_counter())
+        self.calls.append(call)
+        status = self.fail(call)
+        if status == 0:
+            assert request.transport is not None
+            request.transport.close()
+        if status != 200:
+            return web.Response(status=status or 500, text="told to fail")
+        count = body["sampling_params"]["max_new_tokens"]
+        async with self._free:
+            queue_s = time.perf_counter() - call.received_s
+            await asyncio.sleep(count * self.token_s)
+        call.finished_s = time.perf_counter()
+        reply = self._reply(call, count, queue_s)
+        return await _stream(request, reply) if body["stream"] else web.json_response(reply)
+
+    def _reply(self, call: FakeCall, count: int, queue_s: float) -> dict[str, Any]:
+        meta: dict[str, Any] = {
+            "prompt_tokens": len(call.input_ids),
+            "cached_tokens": len(call.input_ids) // 2,
+            "completion_tokens": count,
+            "e2e_latency": call.finished_s - call.received_s,
+            "finish_reason": {"type": "length", "length": count},
+            "num_retractions": 0,
+        }
+        if self.reports_queueing:
+            meta["queue_time"] = queue_s
+        if self.program_info is not None:
+            meta["program"] = dict(self.program_info)
+        return {"output_ids": echo_output(call.input_ids, count), "meta_info": meta}
+
+    async def _end_program(self, request: web.Request) -> web.Response:
+        self.ended_programs.append(request.match_info["id"])
+        return web.Response(status=404, text="stock SGLang has no such route")
+
+
+async def _stream(request: web.Request, reply: Mapping[str, Any]) -> web.StreamResponse:
+    """The reply as server-sent events that repeat everything so far, as SGLang's do."""
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    ids = reply["output_ids"]
+    for count in range(1, len(ids) + 1):
+        chunk = {
+            "output_ids": ids[:count],
+            "meta_info": {**reply["meta_info"], "completion_tokens": count},
+        }
+        await response.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+    await response.write(b"data: [DONE]\n\n")
+    await response.write_eof()
+    return response

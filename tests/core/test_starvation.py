@@ -1,0 +1,292 @@
+"""The beta rule: a program that waited `beta` times its service is promoted for one quantum."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autellix_sglang.config import ProgramConfig
+from autellix_sglang.core.program import Call, Program, ProgramTable
+from autellix_sglang.testing import FakeEngine, Job, table_from
+
+QUANTUM = 10.0
+BETA = 2.0
+
+
+def table_of(policy: str = "plas", beta: float = BETA) -> ProgramTable:
+    """Levels end at 10, 20 and 40 steps."""
+    return table_from(ProgramConfig(policy=policy, levels=4, quantum=QUANTUM, factor=2, beta=beta))
+
+
+def run(table: ProgramTable, call: Call, steps: float) -> None:
+    table.charge(call, steps)
+    table.advance(steps)
+
+
+def stalled(table: ProgramTable, service: float = 100, rid: str = "a") -> Call:
+    """A call of program p that has run for `service` steps and waits again."""
+    call = table.open_call(rid, program_id="p")
+    table.start(call)
+    run(table, call, service)
+    table.preempt(call)
+    return call
+
+
+# -- the promotion -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("service", "wait"), [(100, 200), (50, 100), (10, 20)])
+def test_promoted_at_exactly_beta_times_the_service(service: float, wait: float) -> None:
+    """The call moves to level 0 when its program has waited beta x its service, not before."""
+    table = table_of()
+    call = stalled(table, service)
+    table.advance(wait - 0.5)
+    assert (call.is_promoted, call.level > 0) == (False, True)
+    table.advance(0.5)
+    assert (call.is_promoted, call.level) == (True, 0)
+    assert table.counters.num_promotions == call.num_promotions == 1
+    table.check_integrity()
+
+
+def test_little_service_counts_as_a_quantum() -> None:
+    """A program is not promoted before it has waited beta quanta, or it always would be."""
+    table = table_of("atlas")
+    parent = table.open_call("a", program_id="p")
+    table.start(parent)
+    run(table, parent, 100)
+    table.finish(parent)
+    call = table.open_call("b", program_id="p")
+    table.advance(200)
+    table.start(call)
+    run(table, call, QUANTUM)  # the promotion ends, both windows restart
+    table.preempt(call)
+    table.advance(BETA * QUANTUM - 0.5)
+    assert not call.is_promoted
+    table.advance(0.5)
+    assert call.is_promoted
+
+
+def test_runs_one_level_0_quantum() -> None:
+    """A promoted call keeps level 0 for a quantum of own service, across preemptions."""
+    table = table_of()
+    call = stalled(table)
+    table.advance(200)
+    table.start(call)
+    run(table, call, QUANTUM / 2)
+    table.preempt(call)
+    table.start(call)
+    run(table, call, QUANTUM / 2 - 0.5)
+    assert call.level == 0
+    run(table, call, 0.5)
+    assert (call.is_promoted, call.level) == (False, 3)
+    table.check_integrity()
+
+
+def test_windows_restart_and_lifetime_service_stays() -> None:
+    """After a promotion the ratio starts afresh, and the program's history is what it was."""
+    table = table_of()
+    call = stalled(table)
+    table.advance(200)
+    table.start(call)
+    run(table, call, QUANTUM)
+    program = call.program
+    assert (program.wait_window, program.service_window) == (0, 0)
+    assert program.service == call.service == 110
+    table.preempt(call)
+    table.advance(BETA * QUANTUM)
+    assert call.num_promotions == 2
+
+
+def test_waiting_adds_up_over_several_stalls() -> None:
+    """Short runs between do not forgive the waiting before them."""
+    table = table_of()
+    call = stalled(table)
+    for _ in range(5):
+        table.advance(30)
+        table.start(call)
+        run(table, call, 1)
+        table.preempt(call)
+    assert call.program.wait_window == 150
+    table.advance(2 * 105 - 150 - 0.5)
+    assert not call.is_promoted
+    table.advance(0.5)
+    assert call.is_promoted
+
+
+def test_beta_0_switches_promotion_off() -> None:
+    """With beta 0 nobody is promoted, however long it waits."""
+    table = table_of(beta=0)
+    call = stalled(table)
+    table.advance(1e9)
+    assert not call.is_promoted
+
+
+def test_a_program_with_a_running_call_is_not_stalled() -> None:
+    """Waiting counts only while none of the program's calls runs."""
+    table = table_of()
+    call = stalled(table)
+    other = table.open_call("b", program_id="p")
+    table.start(other)
+    table.advance(1e6)
+    assert call.program.wait_window == 0
+    assert not call.is_promoted
+
+
+def test_the_first_in_line_is_promoted_alone() -> None:
+    """One call per program is promoted: the one that the policy would admit first."""
+    table = table_of("mlfq")
+    first, second = stalled(table, 25, "a"), stalled(table, 15, "b")
+    table.advance(1000)
+    assert (first.is_promoted, second.is_promoted) == (False, True)
+
+
+def test_level_0_is_not_promoted() -> None:
+    """A call at level 0 already has what a promotion would give it."""
+    table = table_of()
+    call = table.open_call("a")
+    table.advance(1e6)
+    assert call.num_promotions == 0
+
+
+# -- calls that leave ----------------------------------------------------------------------------
+
+
+def test_siblings_of_an_aborted_promoted_call_do_not_starve() -> None:
+    """If a promoted call is aborted in the queue, its program gets its next turn in due time."""
+    table = table_of()
+    promoted = stalled(table)
+    sibling = table.open_call("b", program_id="p")
+    table.advance(200)
+    assert promoted.is_promoted
+    table.finish(promoted)
+    table.check_integrity()
+    table.advance(BETA * QUANTUM - 0.5)
+    assert not sibling.is_promoted
+    table.advance(0.5)
+    assert sibling.is_promoted
+
+
+def test_siblings_of_an_aborted_level_0_call_do_not_starve() -> None:
+    """If the first in line needed no promotion and leaves, the next one gets it."""
+    table = table_of("mlfq")
+    deep = stalled(table)
+    fresh = table.open_call("b", program_id="p")
+    table.advance(1000)
+    assert not deep.is_promoted
+    table.finish(fresh)
+    table.advance(1)
+    assert deep.is_promoted
+
+
+@pytest.mark.parametrize("is_started", [False, True])
+def test_a_promoted_call_that_ends_early_ends_its_promotion(is_started: bool) -> None:
+    """A promoted call that finishes within its quantum restarts the windows all the same."""
+    table = table_of()
+    call = stalled(table)
+    table.advance(200)
+    if is_started:
+        table.start(call)
+        run(table, call, 3)
+    table.finish(call)
+    program = call.program
+    assert (program.wait_window, program.service_window) == (0, 0)
+    assert not call.is_promoted
+    table.check_integrity()
+
+
+def test_promotion_records_do_not_pile_up() -> None:
+    """Thousands of stalls of one program leave a handful of records behind."""
+    table = table_of()
+    call = stalled(table)
+    for _ in range(5000):
+        table.start(call)
+        run(table, call, 0.001)
+        table.preempt(call)
+    for i in range(5000):
+        table.finish(table.open_call(str(i), program_id="p"))
+    assert len(table._stalls) < 100
+    table.advance(1000)
+    assert call.is_promoted
+
+
+def test_changed_settings_hold_for_calls_that_wait_already() -> None:
+    """A new beta applies to stalls under way."""
+    table = table_of(beta=0)
+    call = stalled(table)
+    table.configure(table.policy, table.levels, BETA, 600)
+    table.advance(200)
+    assert call.is_promoted
+
+
+# -- the promise ---------------------------------------------------------------------------------
+
+
+def stall_of(program: Program, clock: float) -> float:
+    since = clock if program.stalled_since is None else program.stalled_since
+    return program.wait_window + clock - since
+
+
+def longest_excess(engine: FakeEngine, num_steps: int) -> float:
+    """Steps that any program waited beyond beta x max(service window, quantum), at worst."""
+    table, worst = engine.table, 0.0
+    for _ in range(num_steps):
+        engine.step()
+        for program in table.programs():
+            allowed = table.beta * max(program.service_window, table.levels.quantum)
+            worst = max(worst, stall_of(program, table.clock) - allowed)
+    return worst
+
+
+def stream_of_short_programs(beta: float) -> FakeEngine:
+    """One slot, one long program, and a new program for every quantum that is served."""
+    engine = FakeEngine(ProgramConfig(quantum=QUANTUM, beta=beta, min_run=2), num_slots=1)
+    engine.submit(Job(rid="long", program_id="long", num_output=10_000))
+    for i in range(400):
+        parents = (f"s{i - 2}",) if i > 1 else ()
+        engine.submit(
+            Job(rid=f"s{i}", program_id=f"s{i}", num_output=int(QUANTUM), parents=parents)
+        )
+    return engine
+
+
+def test_a_stream_of_short_programs_cannot_starve_a_long_one() -> None:
+    """With beta the long program waits beta quanta and one that runs; without, for good."""
+    assert longest_excess(stream_of_short_programs(beta=4), 2000) <= QUANTUM + 1
+    assert longest_excess(stream_of_short_programs(beta=0), 2000) > 1000
+
+
+@st.composite
+def crowds(draw: st.DrawFn) -> list[list[int]]:
+    """Outputs of the calls of up to four programs, with calls in sequence."""
+    outputs = st.lists(st.integers(1, 60), min_size=1, max_size=8)
+    return draw(st.lists(outputs, min_size=2, max_size=4))
+
+
+@settings(max_examples=60, deadline=None)
+@given(crowd=crowds(), num_slots=st.integers(1, 2), policy=st.sampled_from(["plas", "mlfq"]))
+def test_stalls_are_bounded(crowd: list[list[int]], num_slots: int, policy: str) -> None:
+    """No program waits longer than beta allows plus what those before it may finish.
+
+    Those are, for each other program, the rest of its level 0 and one promotion, and `min_run`.
+    """
+    beta, quantum, min_run = 8.0, 3.0, 2.0
+    config = ProgramConfig(policy=policy, quantum=quantum, beta=beta, min_run=min_run, levels=5)
+    engine = FakeEngine(config, num_slots=num_slots)
+    for p, outputs in enumerate(crowd):
+        for i, num_output in enumerate(outputs):
+            parents = (f"{p}-{i - 1}",) if i else ()
+            engine.submit(
+                Job(rid=f"{p}-{i}", program_id=str(p), num_output=num_output, parents=parents)
+            )
+    slack = len(crowd) * (2 * quantum + min_run)
+    assert longest_excess(engine, sum(map(sum, crowd))) <= slack
+    assert engine.is_idle
+
+
+def test_promotion_is_what_keeps_the_promise() -> None:
+    """Many short programs and a long one: each gets its turn, and every call ends."""
+    engine = stream_of_short_programs(beta=4)
+    engine.run()
+    assert len(engine.ended) == 401
+    assert engine.ended["long"].call.num_promotions > 10
