@@ -173,9 +173,9 @@ class CallTag:
         )
 
     def to_wire(self) -> dict[str, str | bool | float]:
-        """A flat dictionary of scalars: SGLang's decoder takes nothing deeper in `custom_params`.
+        """A flat dictionary of scalars.
 
-        Parents are joined by line breaks, which no id contains.
+        SGLang's typed decoder (SGLANG_USE_PICKLE_IPC=0) takes nothing deeper here. Parents are joined by line breaks, which no id contains.
         """
         return {
             "program": self.program_id,

@@ -7,10 +7,12 @@ again as their `__main__`, so it imports nothing heavy before `main` runs.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.metadata
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -98,10 +100,24 @@ def prepare(config: ProgramConfig, sglang_argv: list[str]) -> Any:
         server_args = prepare_server_args([*sglang_argv, *_default_flags(given)])
         if config.is_enabled:
             check_supported(server_args)
+            check_port(server_args.host, server_args.port)
             server_args.resolve_once()  # reads the model's configuration
     except (ValueError, OSError) as error:
         raise ConfigError("SGLang", str(error)) from error
     return server_args
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise `ConfigError` if the port is taken: SGLang would find out minutes later."""
+    try:
+        socket.create_server((host, port), family=_family_of(host)).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError("--port", f"{port} on {host} is in use") from error
+
+
+def _family_of(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def given_flags(sglang_argv: Iterable[str]) -> frozenset[str]:
@@ -138,7 +154,7 @@ def _builtin_model_flags() -> dict[str, str]:
     path = str(ensure_tiny_model())
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, datefmt="%Y-%m-%d %H:%M:%S")
     logger.warning("no --model-path: serving the built-in tiny model with random weights, %s", path)
-    return {"--model-path": path, "--dtype": "float32"}
+    return {"--model-path": path, "--dtype": "float32", "--served-model-name": "tiny-llama"}
 
 
 class _Parser(argparse.ArgumentParser):

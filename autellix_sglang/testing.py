@@ -162,11 +162,14 @@ class FakeEngine:
 
     def run(self, max_steps: int = 100_000) -> None:
         """Step until no call is live; `RuntimeError` after `max_steps`."""
-        for _ in range(max_steps):
-            if self.is_idle:
-                return
+        num_steps = 0
+        while not self.is_idle:
+            if num_steps == max_steps:
+                raise RuntimeError(
+                    f"{self.table.num_live_calls} calls live after {num_steps} steps"
+                )
             self.step()
-        raise RuntimeError(f"{self.table.num_live_calls} calls are live after {max_steps} steps")
+            num_steps += 1
 
     def step(self) -> None:
         plan = self.planner.plan(self)

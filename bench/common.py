@@ -13,7 +13,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -127,7 +128,8 @@ class CpuMeter:
         return max(0.0, (_busy_s() - busy) - (self._own_s() - own)) / elapsed
 
     def _own_s(self) -> float:
-        return sum(_tree_cpu_s(pid) for pid in self._pids)
+        # Trees may overlap (a server is a child of its benchmark); each process counts once.
+        return sum({p: s for pid in self._pids for p, s in _tree_cpu_s(pid)}.values())
 
 
 def _busy_s() -> float:
@@ -135,13 +137,13 @@ def _busy_s() -> float:
     return float(times.user + times.system + times.irq + times.softirq + times.steal)
 
 
-def _tree_cpu_s(pid: int) -> float:
-    try:
-        root = psutil.Process(pid)
-        tree = [root, *root.children(recursive=True)]
-        return sum(sum(process.cpu_times()[:2]) for process in tree)
-    except psutil.NoSuchProcess:
-        return 0.0
+def _tree_cpu_s(root: int) -> Iterator[tuple[int, float]]:
+    """(pid, CPU seconds so far) of a process and all below it."""
+    with suppress(psutil.NoSuchProcess):
+        top = psutil.Process(root)
+        for process in (top, *top.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                yield process.pid, sum(process.cpu_times()[:2])
 
 
 # --- tables -------------------------------------------------------------------------------------

@@ -312,8 +312,11 @@ class _ProgramReplay:
 
 
 def _safe(text: str) -> str:
-    """An id with only characters that are safe in headers and in URLs."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "-", text)[:80] or "-"
+    """An id with only characters that are safe in headers and in URLs.
+
+    It is short because a call may name a hundred parents in one header.
+    """
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", text)[:40] or "-"
 
 
 def _failed(call: TraceCall, reason: str, issue_s: float, finish_s: float) -> CallRecord:

@@ -6,6 +6,7 @@ is. The first policy is the baseline and always grey.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -406,13 +407,12 @@ def method(result: Mapping[str, Any]) -> str:
     """What was run, on what, and how to run it again."""
     work = result["workload"]
     kinds = ", ".join(f"{n} {KINDS.get(kind, kind)}" for kind, n in work["kinds"].items())
-    repeats = max(entry["repeats"] for entry in result["results"])
     facts = {
         "workload": f"{result['trace']}, token counts {TIMES} {result['scale']:g}: {kinds};"
         f" {work['calls']:,} calls, {work['output_tokens']:,} tokens to generate",
         "arrivals": f"{result['arrivals']}, {result['rate_programs_per_s']:.3f} programs/s",
         "gaps between calls": result["gaps"],
-        "repeats": f"{repeats}, medians shown" if repeats > 1 else "1",
+        "repeats": _repeats(result["results"]),
         "outputs": "identical token for token under every policy"
         if result["identical_outputs"]
         else "differ between runs",
@@ -425,6 +425,18 @@ def method(result: Mapping[str, Any]) -> str:
     }
     rows = [f"<dt>{k}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items() if v is not None]
     return f"<dl>{''.join(rows)}</dl>"
+
+
+def _repeats(entries: Sequence[Mapping[str, Any]]) -> str:
+    repeats = max(entry["repeats"] for entry in entries)
+    if repeats == 1:
+        return "1"
+    spread = [
+        f"{entry['policy']} {low:.2f} to {high:.2f}"
+        for entry in entries[1:]
+        for low, high in [entry["ratio_range"] or (math.nan, math.nan)]
+    ]
+    return f"{repeats}, medians shown; mean ratio over the repeats: {', '.join(spread)}"
 
 
 def _flat(value: object) -> str | None:
@@ -466,7 +478,8 @@ section { background: var(--card); border: 1px solid var(--rule); border-radius:
   padding: 14px 16px; }
 .tile b { display: block; font-size: 29px; line-height: 1.15; font-weight: 650;
   font-variant-numeric: tabular-nums; }
-.tile span { color: var(--soft); font-size: 13px; }
+.tile span { display: block; margin-top: 5px; color: var(--soft); font-size: 13px;
+  line-height: 1.35; }
 .legend { display: flex; flex-wrap: wrap; gap: 6px 20px; font-size: 14px; color: var(--soft); }
 .legend i, th i { display: inline-block; width: 11px; height: 11px; border-radius: 3px;
   margin-right: 7px; }
@@ -501,5 +514,6 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 6px 20px; margi
   font-size: 14px; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 640px) { main { padding: 32px 14px 48px; } section { padding: 18px 14px 12px; }
+  section { overflow-x: auto; } svg { min-width: 680px; }
   dl { grid-template-columns: 1fr; } dt { margin-top: 6px; } }
 """

@@ -156,18 +156,21 @@ class ServeOptions:
         return " + ".join(names) or f"built-in {self.workload}"
 
 
+# Few batch slots and more work than the engine can do, so that a short run has a queue at all.
 QUICK: Mapping[str, Any] = {
     "programs": 24,
     "scale": 0.1,
     "max_calls": 40,
-    "load": 1.2,
+    "max_running_requests": 4,
+    "load": 1.5,
     "calibration_s": 6.0,
 }
 DEMO: Mapping[str, Any] = {
-    "programs": 48,
-    "scale": 0.15,
+    "programs": 32,
+    "scale": 0.12,
     "max_calls": 80,
-    "load": 1.0,
+    "max_running_requests": 6,
+    "load": 1.2,
     "calibration_s": 10.0,
     "html": "bench/out/demo.html",
 }
@@ -208,6 +211,9 @@ def _parser() -> argparse.ArgumentParser:
         default: Any = option.default
         if argument.get("action") == "append":
             default = list(default)
+        if default not in (None, [], ()) and not isinstance(default, bool):
+            shown = ",".join(default) if isinstance(default, tuple) else default
+            argument["help"] += f" (default: {shown})"
         parser.add_argument(f"--{option.name.replace('_', '-')}", default=default, **argument)
     presets = parser.add_mutually_exclusive_group()
     presets.add_argument("--quick", action="store_true", help=f"small: {_told(QUICK)}")

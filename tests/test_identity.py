@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 
 from autellix_sglang.errors import IdentityError
@@ -36,18 +38,12 @@ def test_each_source_names_the_program(headers, params, session_id):
     assert (tag.program_id, tag.anonymous) == ("A", False)
 
 
-@pytest.mark.parametrize("first", range(len(PROGRAM_SOURCES)))
-@pytest.mark.parametrize("second", range(len(PROGRAM_SOURCES)))
+@pytest.mark.parametrize(("first", "second"), list(combinations(PROGRAM_SOURCES, 2)))
 def test_earlier_source_wins(first, second):
     """Of two sources the one listed first names the program."""
-    if first >= second:
-        return
-    headers, params, session_id = {}, {}, None
-    for source, value in ((second, "late"), (first, "early")):
-        h, p, s = PROGRAM_SOURCES[source]
-        headers |= dict.fromkeys(h, value)
-        params |= dict.fromkeys(p, value)
-        session_id = value if s else session_id
+    headers = {**dict.fromkeys(second[0], "late"), **dict.fromkeys(first[0], "early")}
+    params = {**dict.fromkeys(second[1], "late"), **dict.fromkeys(first[1], "early")}
+    session_id = "late" if second[2] else None
     assert resolve(headers, params, session_id).program_id == "early"
 
 

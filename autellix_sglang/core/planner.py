@@ -110,7 +110,7 @@ class Planner:
         if best is None:
             return ()
         running = engine.preemptible()
-        worse = [c for c in running if c.level > best.level and not c.is_promoted]
+        worse = [c for c in running if c.level > best.level]  # no promoted one: it has level 0
         # What fits, and who may be preempted yet, changes without an event.
         is_all_seen = len(running) == table.num_live_calls - len(table.queue)
         self._is_settled = is_all_seen and not worse

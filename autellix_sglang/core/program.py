@@ -415,7 +415,8 @@ class ProgramTable:
             self.num_events += 1
             call.level = level
         group = call.program.seq if self.policy.groups_programs else call.seq
-        key = (level, group, call.seq)
+        # Inside level 0 first of all, or an older program with many calls there could starve it.
+        key = (-1 if call.is_promoted else level, group, call.seq)
         if key != call.order_key:
             call.order_key = key
             self.queue.touch(call)

@@ -35,8 +35,8 @@ def _body(
             table.open_program(request.tenant, request.program_id)
             return {"id": request.program_id}
         case messages.END:
-            _find(table, request)
-            table.end_program(request.tenant, request.program_id)
+            program = _find(table, request)
+            table.end_program(program.tenant, program.program_id)
             return {"id": request.program_id, "state": "ended"}
         case messages.GET:
             program = _find(table, request)
@@ -95,6 +95,10 @@ def totals(scheduler: ProgramScheduler) -> dict[str, Any]:
     return {
         **dataclasses.asdict(scheduler.program_config),
         **scheduler.program_table.totals(),
+        "running_calls": len(scheduler.running_batch.reqs),
+        "kv_total_tokens": scheduler.max_total_num_tokens,
+        "kv_available_tokens": scheduler.token_to_kv_pool_allocator.available_size(),
+        "kv_evictable_tokens": scheduler.tree_cache.evictable_size(),
         "prefill_weight": scheduler.prefill_weight,
         "recomputed_tokens": scheduler.num_recomputed_tokens,
         "orphaned_calls": scheduler.num_orphans,

@@ -7,6 +7,7 @@ SGLang's FastAPI app stays as it is. `install` adds to it
     GET    /v1/programs/{id}                     -> the program with its calls
     DELETE /v1/programs/{id}                     -> {"id", "state": "ended"}
     GET    /program_stats                        -> settings and counters
+    PATCH  /program_config      {"policy"?, ...} -> the same, with changed settings
 
 and `ProgramMiddleware` as the innermost middleware, so that API keys, CORS and metrics treat these
 routes and its answers as they do SGLang's own. Nothing here imports SGLang at module level.
@@ -34,8 +35,9 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from autellix_sglang import messages
+from autellix_sglang.config import ProgramConfig
 from autellix_sglang.core.program import STATES
-from autellix_sglang.errors import ControlError, IdentityError, UnknownProgramError
+from autellix_sglang.errors import ConfigError, ControlError, IdentityError, UnknownProgramError
 from autellix_sglang.identity import CallTag, HeaderIdentity, parse_id
 from autellix_sglang.messages import ProgramControl, ProgramReply
 
@@ -46,6 +48,8 @@ INFERENCE_PATHS: Final = frozenset(
     {"/generate", "/invocations", "/vertex_generate", "/api/chat", "/api/generate"}
 )
 STATS_PATH: Final = "/program_stats"
+CONFIG_PATH: Final = "/program_config"
+OWN_PATHS: Final = frozenset({STATS_PATH, CONFIG_PATH})
 DEFAULT_LIMIT: Final = 100
 MAX_LIMIT: Final = 1000
 _LIMIT: Final = re.compile("[1-9][0-9]{0,2}|1000")
@@ -88,6 +92,7 @@ class RequestContext:
 
     identity: HeaderIdentity
     is_admin: bool = False
+    may_configure: bool = True  # with API keys, only the admin key changes settings
     tag: CallTag | None = None  # of its first call
     error: IdentityError | None = None
     outcomes: list[Mapping[str, Any]] = field(default_factory=list)  # one per finished call
@@ -143,7 +148,9 @@ class ProgramMiddleware:
         except IdentityError as error:
             await _send_rejection(send, path, error)
             return
-        context = RequestContext(identity, is_admin=key_name == ADMIN)
+        context = RequestContext(
+            identity, is_admin=key_name == ADMIN, may_configure=key_name in (None, ADMIN)
+        )
         token = _current.set(context)
         responder = _Responder(send, context, scope)
         try:
@@ -240,7 +247,7 @@ def _path(scope: Scope) -> str:
 
 
 def _is_ours(path: str) -> bool:
-    return path.startswith("/v1/") or path in INFERENCE_PATHS or path == STATS_PATH
+    return path.startswith("/v1/") or path in INFERENCE_PATHS or path in OWN_PATHS
 
 
 def _authorization(scope: Scope) -> str:
@@ -258,12 +265,12 @@ def error_response(status: HTTPStatus, kind: str, message: str, param: str | Non
     return JSONResponse({"error": error}, status_code=status.value)
 
 
-def identity_response(error: IdentityError) -> JSONResponse:
+def bad_request(error: IdentityError | ConfigError) -> JSONResponse:
     return error_response(HTTPStatus.BAD_REQUEST, "invalid_request_error", str(error), error.field)
 
 
 async def _send_rejection(send: Send, path: str, error: IdentityError) -> None:
-    response = identity_response(error)
+    response = bad_request(error)
     if path.startswith("/v1/messages"):  # Anthropic's form
         detail = {"type": "invalid_request_error", "message": str(error)}
         response = JSONResponse({"type": "error", "error": detail}, HTTPStatus.BAD_REQUEST.value)
@@ -327,6 +334,18 @@ class ProgramRoutes:
 
         return await _respond(answer)
 
+    async def configure(self, request: Request) -> Response:
+        """Change settings while serving: `{"policy": "fcfs"}` and the like; not to `off`."""
+
+        async def answer() -> dict[str, Any]:
+            return await self._ask(messages.CONFIGURE, config=_parse_config(await request.body()))
+
+        if not _context().may_configure:
+            return error_response(
+                HTTPStatus.FORBIDDEN, "permission_error", "this needs the admin API key", None
+            )
+        return await _respond(answer)
+
     async def _respond_about(self, request: Request, op: str) -> Response:
         async def answer() -> dict[str, Any]:
             program_id = parse_id("id", request.path_params["program_id"])
@@ -367,6 +386,17 @@ def _parse_open(body: bytes) -> str | None:
     return None if named is None else parse_id("id", named)
 
 
+def _parse_config(body: bytes) -> dict[str, Any]:
+    """The changes in a request's body; raises `IdentityError` or `ConfigError`."""
+    try:
+        changes = msgspec.json.decode(body, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise IdentityError("body", str(error)) from None
+    if not ProgramConfig().replace(**changes).is_enabled:
+        raise ConfigError("policy", "'off' needs a server started with --program-policy off")
+    return changes
+
+
 def _parse_page(query: Mapping[str, str]) -> dict[str, Any]:
     state, limit, after = query.get("state"), query.get("limit"), query.get("after")
     if state is not None and state not in STATES:
@@ -383,8 +413,8 @@ def _parse_page(query: Mapping[str, str]) -> dict[str, Any]:
 async def _respond(answer: Callable[[], Awaitable[dict[str, Any]]]) -> Response:
     try:
         return JSONResponse(await answer())
-    except IdentityError as error:
-        return identity_response(error)
+    except (IdentityError, ConfigError) as error:
+        return bad_request(error)
     except UnknownProgramError as error:
         return error_response(HTTPStatus.NOT_FOUND, "not_found_error", str(error), "id")
     except ControlError as error:
@@ -426,6 +456,7 @@ def _add_routes(
         ("GET", "/v1/programs/{program_id:path}", routes.get),
         ("DELETE", "/v1/programs/{program_id:path}", routes.end),
         ("GET", STATS_PATH, routes.stats),
+        ("PATCH", CONFIG_PATH, routes.configure),
     )
     for method, path, endpoint in table:
         app.router.add_api_route(

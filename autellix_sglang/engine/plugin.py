@@ -167,8 +167,6 @@ def _launch_subprocesses(original: Callable[..., Any], engine: Any, **kwargs: An
 
 def check_activation(tokenizer_manager: Any, scheduler_infos: Iterable[Mapping[str, Any]]) -> None:
     """Raise `ActivationError` unless every process of this server runs our classes."""
-    from autellix_sglang.engine.tokenizer import ProgramTokenizerManager
-
     policy = ProgramConfig.from_env().policy
     expected = {"version": __version__, "policy": policy}
     found = [info.get(INFO_KEY) for info in scheduler_infos]
@@ -177,6 +175,8 @@ def check_activation(tokenizer_manager: Any, scheduler_infos: Iterable[Mapping[s
             f"a scheduler process came up as {found}, not as {expected}; "
             "start with `python -m autellix_sglang.launch` or `sglang serve`"
         )
+    from autellix_sglang.engine.tokenizer import ProgramTokenizerManager
+
     if not isinstance(tokenizer_manager, ProgramTokenizerManager):
         raise ActivationError(f"{type(tokenizer_manager).__name__} would not tag any call")
 

@@ -1,8 +1,8 @@
 """SGLang's scheduler, told about programs.
 
 `ProgramScheduler` reports to the process table what SGLang does with its requests (queued, put in
-a batch, worked on, taken off, over), orders the waiting queue by the plan and preempts in mid-decode.
-Everything else is SGLang's. How a call lives:
+a batch, worked on, taken off, over), orders the waiting queue by the plan and preempts calls in
+mid-decode. Everything else is SGLang's. How a call lives:
 
     _add_request_to_queue --> waiting --> get_new_batch_prefill --> running --> process_batch_result
           ^                                                            |          | finished

@@ -20,7 +20,7 @@ DEFAULT_RUNNING_REQUESTS = 256
 class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  # SGLang is untyped
     """A CPU without kernels: every operator takes SGLang's `forward_native` path.
 
-    Start the server with `--device cpu --attention-backend torch_native`.
+    Start the server with `--device cpu`; nothing else is needed.
     """
 
     # OOT, not CPU: SGLang reads CPU as "sgl_kernel's CPU build is installed".

@@ -195,3 +195,15 @@ def test_same_input_same_decisions(policy: str) -> None:
         ballast = [object() for _ in range(seed)]
         assert decisions(seed, policy) == first
         del ballast
+
+
+def test_the_fake_refuses_what_can_never_run() -> None:
+    """A job beyond the KV pool would wait for ever, so it is an error when it is submitted."""
+    engine = FakeEngine(ProgramConfig(), num_slots=1, num_kv_tokens=10)
+    with pytest.raises(ValueError, match="job big"):
+        engine.submit(Job(rid="big", num_prompt=6, num_output=5))
+    engine.submit(Job(rid="fits", num_prompt=5, num_output=5))
+    with pytest.raises(RuntimeError, match="1 calls live"):
+        engine.run(max_steps=4)
+    engine.run(max_steps=1)
+    assert engine.ended["fits"].is_done

@@ -107,6 +107,7 @@ def test_the_worst_level_goes_first_then_the_youngest_program_then_call() -> Non
 def test_a_promoted_call_is_never_a_victim() -> None:
     """Promotion protects a call that would otherwise be the first to go."""
     scene = Scene()
+    older = scene.running("older", 0)
     starved = scene.waiting("starved", 50)
     scene.table.advance(50)
     scene.table.start(starved)
@@ -115,7 +116,7 @@ def test_a_promoted_call_is_never_a_victim() -> None:
     scene.waiting("w1")
     scene.waiting("w2")
     assert scene.victims() == ["r"]
-    assert standing(starved) < standing(scene.waiting("fresh"))
+    assert standing(starved) < standing(older)
 
 
 def test_takes_no_more_victims_than_waiting_calls() -> None:
@@ -159,6 +160,21 @@ def test_nobody_is_preempted_for_a_call_that_cannot_fit_anyway() -> None:
     assert scene.victims() == []
 
 
+def test_equals_do_not_make_up_for_the_room_that_worse_calls_lack() -> None:
+    """Of several victims for one call, each must be of a strictly worse level than it."""
+    scene = Scene(free_slots=9, free_kv_tokens=1, demands={"w2": Demand(200, 1)})
+    scene.running("equal", 15)
+    scene.running("worse", 50)
+    scene.holdings = {"equal": 100, "worse": 100}
+    scene.waiting("w1", 0)
+    scene.waiting("w2", 15)
+    assert scene.victims() == []
+    scene.holdings["worse"] = 200
+    scene.planner.reconsider()
+    scene.table.advance(1)
+    assert scene.victims() == ["worse"]
+
+
 def test_victims_of_calls_that_fit_stand_when_a_later_one_does_not() -> None:
     """The walk stops at the first call that cannot fit; what it decided before holds."""
     scene = Scene(demands={"w2": Demand(10 * PLENTY, 1)})
@@ -169,14 +185,19 @@ def test_victims_of_calls_that_fit_stand_when_a_later_one_does_not() -> None:
     assert scene.victims() == ["r3"]
 
 
-def test_calls_admitted_on_paper_use_up_what_is_free() -> None:
-    """The free slot goes to the first waiting call, so the second needs a victim."""
-    scene = Scene(free_slots=1, free_kv_tokens=10, demands={"w1": Demand(10, 1)})
+@pytest.mark.parametrize(
+    ("slots", "kv_tokens", "num_victims"), [(2, 20, 0), (1, 20, 1), (2, 19, 1)]
+)
+def test_calls_admitted_on_paper_use_up_what_is_free(
+    slots: int, kv_tokens: int, num_victims: int
+) -> None:
+    """What is free goes to the first waiting call; the second preempts for what it then lacks."""
+    demands = {"w1": Demand(10, 1), "w2": Demand(10, 1)}
+    scene = Scene(free_slots=slots, free_kv_tokens=kv_tokens, demands=demands)
     scene.running("r", 50)
-    scene.holdings["r"] = 5
     scene.waiting("w1")
     scene.waiting("w2")
-    assert scene.victims() == ["r"]
+    assert len(scene.victims()) == num_victims
 
 
 def test_no_victims_beyond_the_prefill_budget() -> None:
@@ -238,6 +259,29 @@ def test_a_better_call_that_the_engine_did_not_admit_is_reconsidered() -> None:
     scene.waiting("w")
     assert scene.victims() == []
     scene.free_slots = 0
+    scene.table.advance(1)
+    assert scene.victims() == ["r"]
+
+
+def test_a_worse_call_that_overtakes_a_better_one_is_an_event() -> None:
+    """If the engine starts calls out of order, the one left behind gets its victim."""
+    scene = Scene()
+    scene.running("r", 5)
+    worse = scene.waiting("worse", 50)
+    scene.waiting("w")
+    assert scene.victims() == []
+    scene.table.start(worse)
+    scene.table.advance(1)
+    assert scene.victims() == ["worse"]
+
+
+def test_an_arrival_is_an_event() -> None:
+    """A better call that arrives in a settled queue gets its victim in the next pass."""
+    scene = Scene()
+    scene.running("r", 50)
+    scene.waiting("same", 50)
+    assert scene.victims() == []
+    scene.table.open_call("w")
     scene.table.advance(1)
     assert scene.victims() == ["r"]
 

@@ -206,6 +206,7 @@ def test_a_preempted_call_counts_min_run_from_its_resumption(table: ProgramTable
 def test_idle_programs_expire_after_the_ttl(table: ProgramTable) -> None:
     """The TTL runs from the last activity, and a live call holds its program without end."""
     table.expire(1000)
+    table.open_program("", "opened again")
     table.open_program("", "opened")
     serve(table, table.open_call("a", program_id="called"))
     table.open_call("b", program_id="live")

@@ -149,6 +149,18 @@ def test_level_0_is_not_promoted() -> None:
     assert call.num_promotions == 0
 
 
+def test_goes_before_level_0_calls_of_older_programs() -> None:
+    """Promotion is a turn now: not behind whatever an older program has at level 0."""
+    table = table_of("atlas")
+    root = table.open_call("root", program_id="older")
+    table.finish(root)
+    call = stalled(table)
+    wide = [table.open_call(str(i), program_id="older", parent_call_ids=["root"]) for i in range(9)]
+    assert list(table.queue) == [*wide, call]
+    table.advance(200)
+    assert list(table.queue) == [call, *wide]
+
+
 # -- calls that leave ----------------------------------------------------------------------------
 
 
@@ -264,11 +276,15 @@ def crowds(draw: st.DrawFn) -> list[list[int]]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(crowd=crowds(), num_slots=st.integers(1, 2), policy=st.sampled_from(["plas", "mlfq"]))
+@given(
+    crowd=crowds(),
+    num_slots=st.integers(1, 2),
+    policy=st.sampled_from(["mlfq", "plas", "atlas"]),
+)
 def test_stalls_are_bounded(crowd: list[list[int]], num_slots: int, policy: str) -> None:
     """No program waits longer than beta allows plus what those before it may finish.
 
-    Those are, for each other program, the rest of its level 0 and one promotion, and `min_run`.
+    Those are the running calls, the promotions of the others (a quantum each), and `min_run`.
     """
     beta, quantum, min_run = 8.0, 3.0, 2.0
     config = ProgramConfig(policy=policy, quantum=quantum, beta=beta, min_run=min_run, levels=5)
@@ -279,9 +295,22 @@ def test_stalls_are_bounded(crowd: list[list[int]], num_slots: int, policy: str)
             engine.submit(
                 Job(rid=f"{p}-{i}", program_id=str(p), num_output=num_output, parents=parents)
             )
-    slack = len(crowd) * (2 * quantum + min_run)
+    slack = (num_slots + len(crowd) - 1) * quantum + min_run
     assert longest_excess(engine, sum(map(sum, crowd))) <= slack
     assert engine.is_idle
+
+
+def test_a_wide_program_cannot_starve_a_deep_one() -> None:
+    """Under ATLAS a tree search has endless short paths, and still others get their turns."""
+    config = ProgramConfig(policy="atlas", quantum=QUANTUM, beta=4, min_run=2)
+    engine = FakeEngine(config, num_slots=1)
+    engine.submit(Job(rid="root", program_id="wide", num_output=1))
+    engine.submit(Job(rid="deep", program_id="deep", num_output=300))
+    for _ in range(60):
+        engine.step()
+    for i in range(500):
+        engine.submit(Job(rid=str(i), program_id="wide", num_output=5, parents=("root",)))
+    assert longest_excess(engine, 2500) <= QUANTUM + 1
 
 
 def test_promotion_is_what_keeps_the_promise() -> None:

@@ -1,0 +1,235 @@
+"""Does scheduling ever change a result?
+
+    python -m bench.identity --quick
+
+The same programs, all arriving at once, are replayed on a stock server (`off`) and under each
+policy, with overlap scheduling on and off, in greedy float32. The KV pool is small enough that
+preempted calls are evicted and computed again. Outputs are compared by one hash over all token
+ids. A program server runs all policies one after the other (PATCH /program_config); after each
+run it has to be empty: no program, no call, and every KV token free or evictable. SGLang checks
+its pools for leaks whenever it is idle, and ends the server if it finds one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from bench import stats, synthetic, trace
+from bench.common import Progress, format_table, print_result, provenance, say
+from bench.replay import ReplayOptions, replay
+from bench.server import Server, ServerError, flush_cache, free_port, launch_command
+from bench.trace import TraceProgram
+
+POLICIES = ("mlfq", "plas", "atlas")
+# A small quantum and no protection after a start: as many preemptions as there can be.
+SETTINGS = {"quantum": 4.0, "levels": 8, "min_run": 0.0, "beta": 2.0}
+IDLE_TIMEOUT_S = 30.0
+EMPTY = ("programs", "live_calls", "waiting_calls", "running_calls")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One run. What is left behind counts after the server came to rest; `off` does not tell."""
+
+    policy: str
+    overlap: bool
+    hash: str
+    preemptions: int
+    lost: int
+    recomputed_tokens: int | None = None
+    leaked_programs: int = 0
+    leaked_kv_tokens: int = 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    started = time.perf_counter()
+    num_programs = options.programs or (18 if options.quick else 60)
+    programs = _workload(num_programs, options.scale, options.seed)
+    flags = ["--dtype", "float32", "--max-running-requests", str(options.max_running_requests)]
+    flags += ["--max-total-tokens", str(options.kv_tokens)]
+    with _servers(flags) as servers:
+        results = list(_run_all(servers, programs, options))
+    summary = _summary(results)
+    print(_table(results))
+    print_result({**summary, **provenance(started)})
+    is_clean = not (summary["leaked_programs"] or summary["leaked_kv_tokens"] or summary["lost"])
+    return 0 if summary["identical"] and is_clean else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.identity", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--quick", action="store_true", help="18 programs")
+    parser.add_argument("--programs", type=int, default=0, help="default: 18 with --quick, else 60")
+    parser.add_argument("--scale", type=float, default=0.15, help="multiply all token counts")
+    parser.add_argument("--max-running-requests", type=int, default=4, help="batch slots")
+    parser.add_argument("--kv-tokens", type=int, default=1500, help="KV pool of each engine")
+    parser.add_argument("--kv", choices=("keep",), default="keep", help="what becomes of KV")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _workload(num_programs: int, scale: float, seed: int) -> tuple[TraceProgram, ...]:
+    corpora = synthetic.corpora("mixed", num_programs, seed)
+    return trace.sample(
+        corpora, num_programs, seed, factor=scale, max_calls=12, max_prompt_tokens=700
+    ).programs
+
+
+@contextmanager
+def _servers(flags: Sequence[str]) -> Iterator[dict[tuple[str, bool], Server]]:
+    """Stock and program server, each with overlap scheduling on and off, started side by side."""
+    directory = Path(mkdtemp(prefix="autellix-identity-"))
+    with ExitStack() as stack:
+        servers = {}
+        for kind in ("off", "plas"):
+            for overlap in (True, False):
+                port = free_port()
+                own = [*flags, *([] if overlap else ["--disable-overlap-schedule"])]
+                name = f"{kind}-{'overlap' if overlap else 'normal'}"
+                server = Server(name, launch_command(kind, port, own), port, directory)
+                stack.callback(server.stop)
+                server.start()
+                servers[kind, overlap] = server
+        say(f"starting {len(servers)} servers; logs in {directory}")
+        for server in servers.values():
+            server.wait_ready()
+        yield servers
+
+
+def _run_all(
+    servers: dict[tuple[str, bool], Server], programs: Sequence[TraceProgram], options: Any
+) -> Iterator[Result]:
+    num_calls = sum(len(program.calls) for program in programs)
+    for overlap in (True, False):
+        for policy in ("off", *POLICIES):
+            server = servers["off" if policy == "off" else "plas", overlap]
+            with Progress(f"{policy}, overlap {overlap}", num_calls) as progress:
+                yield _run(server, policy, overlap, programs, options.seed, progress)
+
+
+def _run(
+    server: Server,
+    policy: str,
+    overlap: bool,
+    programs: Sequence[TraceProgram],
+    seed: int,
+    progress: Progress,
+) -> Result:
+    flush_cache(server.base_url)
+    if policy != "off":
+        _request(server, "/program_config", "PATCH", {"policy": policy, **SETTINGS})
+    before = _stats(server, policy)
+    replay_options = ReplayOptions(
+        base_url=server.base_url, run_id=f"{policy}-{overlap}", gap_scale=0.0, seed=seed
+    )
+    run = asyncio.run(
+        replay(
+            policy, programs, [0.0] * len(programs), replay_options, lambda _: progress.advance()
+        )
+    )
+    lost = sum(not call.is_ok for call in run.calls)
+    if before is None:
+        return Result(policy, overlap, run.output_hash, stats.preemptions(run) or 0, lost)
+    after = _wait_empty(server)
+    kv_held = after["kv_total_tokens"] - after["kv_available_tokens"] - after["kv_evictable_tokens"]
+    return Result(
+        policy,
+        overlap,
+        run.output_hash,
+        after["num_preemptions"] - before["num_preemptions"],
+        lost,
+        after["recomputed_tokens"] - before["recomputed_tokens"],
+        max(after[key] for key in EMPTY) + after["orphaned_calls"],
+        kv_held,
+    )
+
+
+def _stats(server: Server, policy: str) -> dict[str, Any] | None:
+    return None if policy == "off" else _request(server, "/program_stats")
+
+
+def _wait_empty(server: Server) -> dict[str, Any]:
+    """The server's statistics once nothing is left, or after `IDLE_TIMEOUT_S`."""
+    deadline = time.monotonic() + IDLE_TIMEOUT_S
+    while True:
+        state = _request(server, "/program_stats")
+        if not any(state[key] for key in EMPTY) or time.monotonic() > deadline:
+            server.check_alive()
+            return state
+        time.sleep(0.1)
+
+
+def _request(
+    server: Server, path: str, method: str = "GET", body: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(
+        server.base_url + path,
+        data=data,
+        method=method,
+        headers={"content-type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            reply = json.load(response)
+    except OSError as error:
+        raise ServerError(f"{method} {path}: {error}") from error
+    assert isinstance(reply, dict)
+    return reply
+
+
+def _summary(results: Sequence[Result]) -> dict[str, Any]:
+    return {
+        "identical": len({result.hash for result in results}) == 1,
+        "preemptions": sum(result.preemptions for result in results),
+        "swaps_out": 0,
+        "swaps_in": 0,
+        "lost": sum(result.lost for result in results),
+        "leaked_kv_tokens": sum(result.leaked_kv_tokens for result in results),
+        "leaked_programs": sum(result.leaked_programs for result in results),
+        "runs": [
+            {
+                "policy": result.policy,
+                "overlap": result.overlap,
+                "kv": "keep",
+                "hash": result.hash,
+                "preemptions": result.preemptions,
+                "recomputed_tokens": result.recomputed_tokens,
+            }
+            for result in results
+        ],
+    }
+
+
+def _table(results: Sequence[Result]) -> str:
+    header = ("policy", "overlap", "preemptions", "recomputed tokens", "lost", "leaked", "hash")
+    rows = [
+        (
+            result.policy,
+            "on" if result.overlap else "off",
+            result.preemptions,
+            result.recomputed_tokens,
+            result.lost,
+            result.leaked_programs + result.leaked_kv_tokens,
+            result.hash[:12],
+        )
+        for result in results
+    ]
+    return format_table(header, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

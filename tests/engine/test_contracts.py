@@ -1,0 +1,145 @@
+"""SGLang is as we found it: each hook's signature and behaviour, so an upgrade fails here first.
+
+The ledger of what we reach for beyond SGLang's public extension points is patches/README.md.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib import metadata
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.entrypoints import engine, http_server
+from sglang.srt.managers import io_struct
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.managers.schedule_policy import SchedulePolicy
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_components.batch_result_processor import (
+    SchedulerBatchResultProcessor,
+)
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.mem_cache.common import match_kv_cache, release_kv_cache
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.utils import TypeBasedDispatcher
+
+SIGNATURES: list[tuple[Callable[..., Any], str]] = [
+    (Scheduler.init_schedule_policy, "(self)"),
+    (Scheduler.init_request_dispatcher, "(self)"),
+    (Scheduler.get_init_info, "(self)"),
+    (Scheduler.get_internal_state, "(self, recv_req)"),
+    (Scheduler.get_output_streamer_class, "(self)"),
+    (Scheduler._create_generation_req, "(self, recv_req, *args, **kwargs)"),
+    (Scheduler._add_request_to_queue, "(self, req, is_retracted)"),
+    (Scheduler.send_abort_output, "(self, abort_req, req)"),
+    (Scheduler.process_batch_result, "(self, batch, result)"),
+    (Scheduler.get_new_batch_prefill, "(self, running_batch)"),
+    (Scheduler.on_idle, "(self)"),
+    (Scheduler.is_fully_idle, "(self, for_health_check, ignore_waiting)"),
+    (Scheduler.collect_inflight_reqs, "(self)"),
+    (
+        Scheduler.get_num_allocatable_reqs,
+        "(self, running_bs, beam_width, running_batch, num_held_rows)",
+    ),
+    (release_kv_cache, "(req, tree_cache, checkpoint)"),
+    (match_kv_cache, "(req, tree_cache, token_ids, cow_mamba, max_prefix_len)"),
+    (Req.reset_for_retract, "(self)"),
+    (ScheduleBatch.filter_batch, "(self, reqs_to_exclude, keep_indices)"),
+    (ScheduleBatch.__dict__["_get_decode_retraction_order"].__func__, "(reqs)"),
+    (SchedulerOutputStreamer.build_additional_customized_info, "(self, reqs)"),
+    (SchedulerOutputStreamer.is_request_level_customized_info_key, "(self, key)"),
+    (TokenizerManager._init_req_state, "(self, obj, request)"),
+    (
+        TokenizerManager._create_tokenized_object,
+        "(self, obj, input_text, input_ids, input_embeds, mm_inputs, token_type_ids)",
+    ),
+    (
+        TokenizerManager.update_request_meta_info,
+        "(self, meta_info, state, customized_info, index, finish_reason)",
+    ),
+    (TokenizerManager.init_communicators, "(self)"),
+    (TokenizerManager.auto_create_handle_loop, "(self)"),
+    (io_struct.hook_custom_types, "(*new_types)"),
+    (HookRegistry.register, "(target, hook, hook_type, source)"),
+    (HookRegistry.apply_hooks, "()"),
+    (
+        engine.Engine._launch_subprocesses,
+        "(server_args, init_tokenizer_manager_func, run_scheduler_process_func, "
+        "run_detokenizer_process_func, port_args, placement_group)",
+    ),
+    (
+        http_server._setup_and_run_http_server,
+        "(server_args, tokenizer_manager, template_manager, port_args, scheduler_infos, "
+        "subprocess_watchdog, execute_warmup_func, launch_callback)",
+    ),
+]
+
+
+def _shape(function: Callable[..., Any]) -> str:
+    """Parameter names, with stars and without defaults or annotations."""
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    parameters = inspect.signature(function).parameters.values()
+    return "(" + ", ".join(stars.get(p.kind, "") + p.name for p in parameters) + ")"
+
+
+def test_sglang_is_the_version_we_verified() -> None:
+    """The pin of pyproject.toml is what is installed."""
+    assert metadata.version("sglang") == "0.5.23"
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"), SIGNATURES, ids=[function.__qualname__ for function, _ in SIGNATURES]
+)
+def test_a_hook_has_the_signature_we_rely_on(function: Callable[..., Any], shape: str) -> None:
+    """Each function that we override, replace or call takes the parameters we found."""
+    assert _shape(function) == shape
+
+
+def test_fcfs_leaves_our_order_alone() -> None:
+    """With SGLang's default policy the waiting queue stays as the plan sorted it."""
+    cache = SimpleNamespace(
+        supports_fast_match_prefix=lambda: True, supports_prefix_sharing=lambda: False, disable=True
+    )
+    policy = SchedulePolicy("fcfs", cache, False, False, False)
+    policy.tree_cache.supports_fast_match_prefix = lambda: False
+    policy._touch_waiting_prefixes = lambda *_: None
+    queue = [SimpleNamespace(rid=str(i)) for i in (3, 1, 2)]
+    policy.calc_priority(queue, None, processed_tokens=0)
+    assert [req.rid for req in queue] == ["3", "1", "2"]
+
+
+def test_a_result_in_flight_is_dropped_for_a_request_that_was_taken_off() -> None:
+    """Overlap scheduling ignores the pending token of a preempted request; we recompute it."""
+    decode = inspect.getsource(SchedulerBatchResultProcessor.process_batch_result_decode)
+    prefill = inspect.getsource(SchedulerBatchResultProcessor.process_batch_result_prefill)
+    assert "req.finished() or req.is_retracted" in decode
+    assert "and not req.is_retracted" in prefill
+
+
+def test_a_readmitted_request_counts_as_running_again_at_once() -> None:
+    """`is_retracted` ends in prepare_for_extend: hence victims are queued after the pass."""
+    assert "req.is_retracted = False" in inspect.getsource(ScheduleBatch.prepare_for_extend)
+
+
+def test_a_dispatcher_takes_more_types() -> None:
+    """`+=` adds a handler to SGLang's dispatcher, which finds it by the message's type."""
+    dispatcher = TypeBasedDispatcher([(int, lambda value: value + 1)])
+    dispatcher += TypeBasedDispatcher([(str, str.upper)])
+    assert (dispatcher(1), dispatcher("a")) == (2, "A")
+
+
+def test_what_we_read_of_a_request_and_a_batch_is_there() -> None:
+    """The attributes by which requests are judged and charged exist under their names."""
+    source = inspect.getsource(Req.__init__)
+    for name in (
+        "origin_input_ids", "output_ids", "sampling_params", "to_finish", "return_logprob",
+        "return_hidden_states", "return_routed_experts", "return_indexer_topk",
+        "return_sampling_mask", "input_embeds", "multimodal_inputs", "session", "beam_group", "kv",
+        "num_matched_prefix_tokens",
+    ):  # fmt: skip
+        assert f"self.{name}" in source, name
+    fields = ScheduleBatch.__dataclass_fields__
+    assert {"reqs", "prefix_lens", "extend_lens", "decoding_reqs", "batch_is_full"} <= set(fields)

@@ -1,0 +1,278 @@
+"""The command line: whose flag is whose, and what stops a launch before a model is loaded."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from types import SimpleNamespace
+
+import pytest
+
+from autellix_sglang import __version__, launch
+from autellix_sglang.config import ENV_VAR, ProgramConfig, from_arguments
+from autellix_sglang.engine import plugin, support
+from autellix_sglang.errors import ActivationError, ConfigError, UnsupportedModeError
+
+SUPPORTED = {
+    "disaggregation_mode": "null",
+    "schedule_policy": "fcfs",
+    "decoupled_spec_role": "null",
+    "pp_size": 1,
+    "dp_size": 1,
+    "nnodes": 1,
+    "attn_cp_size": 1,
+    "dcp_size": 1,
+    "tokenizer_worker_num": 1,
+}
+UNSUPPORTED = {
+    "--disaggregation-mode": {"disaggregation_mode": "decode"},
+    "--enable-pd-role-switch": {"enable_pd_role_switch": True},
+    "--encoder-only": {"encoder_only": True},
+    "--language-only": {"language_only": True},
+    "--pp-size": {"pp_size": 2},
+    "--dp-size": {"dp_size": 2},
+    "--enable-dp-attention": {"enable_dp_attention": True},
+    "--ep-join-mode": {"ep_join_mode": "scale"},
+    "--nnodes": {"nnodes": 2},
+    "--attn-cp-size": {"attn_cp_size": 2},
+    "--dcp-size": {"dcp_size": 2},
+    "--tokenizer-worker-num": {"tokenizer_worker_num": 2},
+    "--use-ray": {"use_ray": True},
+    "--grpc-mode": {"grpc_mode": True},
+    "--smg-grpc-mode": {"smg_grpc_mode": True},
+    "--grpc-port": {"grpc_port": 50051},
+    "--enable-priority-scheduling": {"enable_priority_scheduling": True},
+    "--schedule-policy": {"schedule_policy": "lpm"},
+    "--disable-radix-cache": {"disable_radix_cache": True},
+    "--prefill-only-disable-kv-cache": {"prefill_only_disable_kv_cache": True},
+    "--is-embedding": {"is_embedding": True},
+    "--dllm-algorithm": {"dllm_algorithm": "LowConfidence"},
+    "--speculative-algorithm": {"speculative_algorithm": "EAGLE"},
+    "--decoupled-spec-role": {"decoupled_spec_role": "drafter"},
+    "--enable-pdmux": {"enable_pdmux": True},
+    "--enable-hisparse": {"enable_hisparse": True},
+    "--enable-lmcache": {"enable_lmcache": True},
+    "--enable-flexkv": {"enable_flexkv": True},
+    "--radix-cache-backend": {"radix_cache_backend": "mine"},
+}
+
+
+class Arguments(SimpleNamespace):
+    """Server arguments that are fine but for what a test sets; None where not named."""
+
+    def __init__(self, **changes):
+        super().__init__(**{**SUPPORTED, **changes})
+
+    def __getattr__(self, name):
+        return None
+
+
+# -- arguments -----------------------------------------------------------------------------------
+
+
+def test_our_flags_are_taken_and_others_left():
+    """Our flags configure us; everything else goes to SGLang in order and untouched."""
+    argv = ["--tp", "2", "--program-policy", "atlas", "--enable-metrics", "--program-ttl=9"]
+    namespace, rest = launch.parse(argv)
+    assert from_arguments(namespace) == ProgramConfig(policy="atlas", ttl=9.0)
+    assert rest == ["--tp", "2", "--enable-metrics"]
+
+
+def test_abbreviations_are_not_ours():
+    """A prefix of one of our flags is left for SGLang to judge."""
+    assert launch.parse(["--program-pol", "atlas"])[1] == ["--program-pol", "atlas"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--program-policy", "sjf"], "argument --program-policy: invalid choice: 'sjf'"),
+        (["--program-quantum", "x"], "argument --program-quantum: invalid float value: 'x'"),
+        (["--program-factor", "1"], "--program-factor: 1.0 is not allowed; it must be above 1"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(argv, expected, capsys, monkeypatch):
+    """A wrong value ends in status 2 and one line that names the flag."""
+    monkeypatch.setattr(launch, "serve", lambda *_: pytest.fail("served"))
+    try:
+        status = launch.main(argv)
+    except SystemExit as stop:  # argparse ends the process by itself
+        status = stop.code
+    error = capsys.readouterr().err
+    assert (status, error.count("\n")) == (2, 1)
+    assert error.startswith(f"autellix_sglang: error: {expected}")
+
+
+def test_help_says_that_sglang_flags_are_accepted(capsys):
+    """--help shows our flags, their defaults, and where SGLang's are."""
+    with pytest.raises(SystemExit):
+        launch.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "All flags of `sglang serve` are accepted" in text
+    assert "--help-sglang" in text
+    assert f"(default: {ProgramConfig().policy})" in text
+
+
+def test_given_flags_see_both_spellings_and_the_config_file(tmp_path):
+    """A flag counts as given by `--flag value`, by `--flag=value` and in the --config file."""
+    path = tmp_path / "server.yaml"
+    path.write_text("model-path: /models/m\nattention_backend: triton\n")
+    argv = ["--dtype=float16", "--device", "cpu", "--config", str(path)]
+    expected = {"--dtype", "--device", "--config", "--model-path", "--attention-backend"}
+    assert launch.given_flags(argv) == expected
+
+
+def test_missing_config_file_is_named():
+    """A --config file that cannot be read is an error that names it."""
+    with pytest.raises(ConfigError, match=r"--config: .*nowhere.yaml"):
+        launch.given_flags(["--config", "/nowhere.yaml"])
+
+
+@pytest.fixture
+def tiny_model(monkeypatch, tmp_path):
+    """The built-in model's place, without writing the model."""
+    from autellix_sglang.platform import tiny_model
+
+    monkeypatch.setattr(tiny_model, "ensure_tiny_model", lambda: tmp_path)
+    return str(tmp_path)
+
+
+def pretend_accelerator(monkeypatch, is_there: bool) -> None:
+    from autellix_sglang import platform
+
+    monkeypatch.setattr(platform, "has_accelerator", lambda: is_there)
+
+
+def test_bare_command_line_serves_the_tiny_model(tiny_model, monkeypatch, caplog):
+    """Without a model the built-in one is served, in float32, and the log says so."""
+    pretend_accelerator(monkeypatch, False)
+    with caplog.at_level(logging.INFO):
+        flags = launch._default_flags(frozenset())
+    cpu = ["--device", "cpu", "--attention-backend", "torch_native"]
+    assert flags == ["--model-path", tiny_model, "--dtype", "float32", *cpu]
+    assert "built-in tiny model" in caplog.messages[0]
+
+
+def test_given_flags_are_not_overridden(tiny_model, monkeypatch):
+    """Defaults fill in what the user left out and nothing else."""
+    pretend_accelerator(monkeypatch, False)
+    given = frozenset({"--dtype", "--attention-backend"})
+    assert launch._default_flags(given) == ["--model-path", tiny_model, "--device", "cpu"]
+
+
+@pytest.mark.parametrize("flag", launch.MODEL_FLAGS)
+def test_given_model_on_an_accelerator_needs_no_defaults(flag, monkeypatch):
+    """With a model and an accelerator the command line is SGLang's own."""
+    pretend_accelerator(monkeypatch, True)
+    assert launch._default_flags(frozenset({flag})) == []
+
+
+def test_port_in_use_is_found_at_once():
+    """A taken port stops the launch before a model is loaded; a free one is left free."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"--port: {port} on 127.0.0.1 is in use"):
+            launch.check_port("127.0.0.1", port)
+    launch.check_port("127.0.0.1", port)
+    launch.check_port("127.0.0.1", port)
+
+
+# -- modes ---------------------------------------------------------------------------------------
+
+
+def test_every_conflict_is_tested():
+    """The list of unsupported modes here is the list in the package."""
+    assert list(UNSUPPORTED) == [conflict.flag for conflict in support.CONFLICTS]
+
+
+@pytest.mark.parametrize("flag", UNSUPPORTED)
+def test_unsupported_mode_stops_the_launch(flag):
+    """A mode that we cannot honour is refused by its flag, with the reason and the way out."""
+    with pytest.raises(UnsupportedModeError) as caught:
+        support.check(Arguments(**UNSUPPORTED[flag]), {})
+    assert caught.value.field == flag
+    assert "--program-policy off" in str(caught.value)
+
+
+def test_rust_server_stops_the_launch():
+    """The Rust server, an environment variable, is refused too."""
+    with pytest.raises(UnsupportedModeError, match="SGLANG_RUST_SERVER"):
+        support.check(Arguments(), {"SGLANG_RUST_SERVER": "1"})
+
+
+def test_supported_modes_pass():
+    """Tensor parallelism and everything else that is not in the table goes on."""
+    support.check(Arguments(tp_size=8, enable_mixed_chunk=True, enable_lora=True), {})
+
+
+def test_table_names_real_fields():
+    """Each entry of the table reads fields that SGLang's server arguments have."""
+    server_args = pytest.importorskip("sglang.srt.server_args")
+    fields = {f for changes in UNSUPPORTED.values() for f in changes}
+    assert fields <= set(server_args.ServerArgs.__struct_fields__)
+    support.check_supported(server_args.ServerArgs(model_path="none"), {})
+
+
+# -- plugin --------------------------------------------------------------------------------------
+
+
+def test_plugin_is_off_by_default():
+    """Without our variables in the environment the plugin leaves SGLang alone."""
+    assert plugin.config_from_environ({"PATH": "/bin"}) == ProgramConfig(policy="off")
+    assert plugin.config_from_environ({"AUTELLIX_PROGRAM_TTL": "5"}).policy == "off"
+
+
+def test_plugin_short_form():
+    """AUTELLIX_PROGRAM_POLICY switches it on, and a variable per field sets the rest."""
+    environ = {"AUTELLIX_PROGRAM_POLICY": "mlfq", "AUTELLIX_PROGRAM_MIN_RUN": "3"}
+    assert plugin.config_from_environ(environ) == ProgramConfig(policy="mlfq", min_run=3.0)
+
+
+def test_launcher_settings_win_over_the_short_form():
+    """What `launch` left in the environment is what its children read."""
+    environ = {ENV_VAR: ProgramConfig(ttl=7.0).to_json(), "AUTELLIX_PROGRAM_POLICY": "off"}
+    assert plugin.config_from_environ(environ) == ProgramConfig(ttl=7.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AUTELLIX_PROGRAM_POLICY", "sjf"),
+        ("AUTELLIX_PROGRAM_LEVELS", "many"),
+        ("AUTELLIX_PROGRAM_LEVLES", "3"),
+    ],
+)
+def test_bad_environment_ends_the_process(name, value, monkeypatch, capsys):
+    """A wrong setting ends the process with one line: SGLang would go on without us."""
+    monkeypatch.delenv(ENV_VAR, raising=False)
+    monkeypatch.setenv("AUTELLIX_PROGRAM_POLICY", "plas")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        plugin.register()
+    error = capsys.readouterr().err
+    assert (stop.value.code, error.count("\n")) == (2, 1)
+    assert error.startswith("autellix_sglang: error: ")
+
+
+@pytest.mark.parametrize(
+    "infos",
+    [
+        [],
+        [{"status": "ready"}],
+        [{"program_scheduler": {"version": __version__, "policy": "plas"}}, {}],
+        [{"program_scheduler": {"version": "0.0.0", "policy": "plas"}}],
+        [{"program_scheduler": {"version": __version__, "policy": "fcfs"}}],
+    ],
+)
+def test_any_scheduler_that_is_not_ours_stops_the_server(infos, monkeypatch):
+    """Serving needs the handshake of every rank, in our version and with our policy."""
+    monkeypatch.setenv(ENV_VAR, ProgramConfig(policy="plas").to_json())
+    with pytest.raises(ActivationError, match="a scheduler process came up as"):
+        plugin.check_activation(None, infos)
+
+
+def test_unknown_hook_target_is_an_error():
+    """If SGLang has no such function any more, activation fails instead of passing in silence."""
+    pytest.importorskip("sglang")
+    with pytest.raises(AttributeError, match="not_there"):
+        plugin._apply({"sglang.srt.plugins.not_there": lambda original: original()})
