@@ -175,7 +175,8 @@ class CallTag:
     def to_wire(self) -> dict[str, str | bool | float]:
         """A flat dictionary of scalars.
 
-        SGLang's typed decoder (SGLANG_USE_PICKLE_IPC=0) takes nothing deeper here. Parents are joined by line breaks, which no id contains.
+        SGLang's typed decoder (SGLANG_USE_PICKLE_IPC=0) takes nothing deeper here. Parents are
+        joined by line breaks, which no id contains.
         """
         return {
             "program": self.program_id,

@@ -7,6 +7,8 @@
     stats.py      what was measured, as records and as numbers
     server.py     start, watch and stop the servers under test
     report.py     one self-contained HTML page
+    svg.py        the little SVG that page needs
+    testing.py    a fake engine, to try a benchmark without a model
     common.py     what every benchmark prints: progress, table, one JSON line
     serve.py      the question "what does a policy do to program latency on a live engine?"
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import shlex
 import sys
 import time
 import urllib.request
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     num_programs = options.programs or (18 if options.quick else 60)
     programs = _workload(num_programs, options.scale, options.seed)
     flags = ["--dtype", "float32", "--max-running-requests", str(options.max_running_requests)]
-    flags += ["--max-total-tokens", str(options.kv_tokens)]
+    flags += ["--max-total-tokens", str(options.kv_tokens), *options.server_args]
     with _servers(flags) as servers:
         results = list(_run_all(servers, programs, options))
     summary = _summary(results)
@@ -78,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kv-tokens", type=int, default=1500, help="KV pool of each engine")
     parser.add_argument("--kv", choices=("keep",), default="keep", help="what becomes of KV")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--server-args", type=shlex.split, default=[], help="more SGLang flags, in one string"
+    )
     return parser
 
 
@@ -98,6 +102,8 @@ def _servers(flags: Sequence[str]) -> Iterator[dict[tuple[str, bool], Server]]:
             for overlap in (True, False):
                 port = free_port()
                 own = [*flags, *([] if overlap else ["--disable-overlap-schedule"])]
+                if kind != "off":
+                    own += ["--program-prefill-weight", "0.02"]  # nothing to measure at start
                 name = f"{kind}-{'overlap' if overlap else 'normal'}"
                 server = Server(name, launch_command(kind, port, own), port, directory)
                 stack.callback(server.stop)
@@ -194,7 +200,7 @@ def _request(
 def _summary(results: Sequence[Result]) -> dict[str, Any]:
     return {
         "identical": len({result.hash for result in results}) == 1,
-        "preemptions": sum(result.preemptions for result in results),
+        "preemptions": sum(result.preemptions for result in results if result.policy != "off"),
         "swaps_out": 0,
         "swaps_in": 0,
         "lost": sum(result.lost for result in results),

@@ -101,17 +101,18 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
 
     def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
         call = call_of(req)
-        limit = self.max_queued_requests
-        if call is not None:
-            self.max_queued_requests = None  # a call that was admitted once is never turned away
         super()._add_request_to_queue(req, is_retracted=is_retracted)
-        self.max_queued_requests = limit
         if not self.waiting_queue or self.waiting_queue[-1] is not req:
             return  # SGLang has refused it, and told the client
         if call is None:
             open_call(self.program_table, req)
         elif call.phase is Phase.RUNNING:
             self.program_table.preempt(call)
+
+    def _abort_on_queued_limit(self, recv_req: Any) -> bool:
+        if call_of(recv_req) is not None:
+            return False  # a call that was admitted once is never turned away
+        return bool(super()._abort_on_queued_limit(recv_req))
 
     def send_abort_output(self, abort_req: Any, req: Any) -> None:
         super().send_abort_output(abort_req, req)

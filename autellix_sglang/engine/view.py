@@ -38,18 +38,16 @@ class SchedulerView:
             return 0
         scheduler = self._scheduler
         cached = scheduler.tree_cache.evictable_size()
-        available: int = scheduler.token_to_kv_pool_allocator.available_size()
-        return available + cached - sum(self._reserved(req) for req in self._batch.reqs)
+        available = scheduler.token_to_kv_pool_allocator.available_size()
+        return int(available + cached - sum(self._reserved(req) for req in self._batch.reqs))
 
     @property
     def prefill_tokens(self) -> int:
         scheduler = self._scheduler
-        limit: int = scheduler.max_prefill_tokens
-        if scheduler.chunked_prefill_size is not None:
-            if scheduler.chunked_req is not None:
-                return 0  # the chunk in progress takes the whole pass
-            limit = min(limit, scheduler.chunked_prefill_size)
-        return limit
+        if scheduler.chunked_req is not None:
+            return 0  # the chunk in progress takes the whole pass
+        limits = (scheduler.max_prefill_tokens, scheduler.chunked_prefill_size)
+        return int(min(limit for limit in limits if limit is not None))
 
     def preemptible(self) -> list[Call]:
         in_flight = self._scheduler.reqs_prefilling_in_flight()
@@ -67,8 +65,7 @@ class SchedulerView:
 
     def holding(self, call: Call) -> int:
         req = call.handle
-        own: int = req.kv.kv_committed_len
-        return own + self._reserved(req)
+        return int(req.kv.kv_committed_len + self._reserved(req))
 
     def _reserved(self, req: Any) -> int:
         ratio: float = self._scheduler.new_token_ratio_tracker.current
@@ -76,8 +73,8 @@ class SchedulerView:
 
 
 def _max_new_tokens(req: Any) -> int:
-    left: int = req.sampling_params.max_new_tokens - len(req.output_ids)
-    return max(0, min(left, CLIP_MAX_NEW_TOKENS))
+    left = req.sampling_params.max_new_tokens - len(req.output_ids)
+    return int(max(0, min(left, CLIP_MAX_NEW_TOKENS)))
 
 
 def is_preemptible(req: Any) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+
 from bench.server import Server, free_port, launch_command
 
 TTL_S = 2.0

@@ -34,7 +34,9 @@ def test_the_openai_client(engine: Engine) -> None:
             model="m", messages=MESSAGES, max_tokens=5, stream=True,
             extra_headers={"x-parent-call-ids": "one"}, temperature=0,
         )  # fmt: skip
-        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        streamed = "".join(
+            chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices
+        )
     assert whole.choices[0].message.content and streamed
     first, second = _calls(engine, "sync")
     assert (first["id"], second["parents"]) == ("one", ["one"])

@@ -34,6 +34,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (Scheduler.get_output_streamer_class, "(self)"),
     (Scheduler._create_generation_req, "(self, recv_req, *args, **kwargs)"),
     (Scheduler._add_request_to_queue, "(self, req, is_retracted)"),
+    (Scheduler._abort_on_queued_limit, "(self, recv_req)"),
     (Scheduler.send_abort_output, "(self, abort_req, req)"),
     (Scheduler.process_batch_result, "(self, batch, result)"),
     (Scheduler.get_new_batch_prefill, "(self, running_batch)"),

@@ -252,9 +252,7 @@ def _abandon(engine: Engine, i: int) -> None:
     leaves = i % 2 == 0
     params = {"max_new_tokens": 300 if leaves else 2, "ignore_eos": True}
     body = {"text": f"program {i}", "sampling_params": params, "stream": leaves}
-    request = urllib.request.Request(
-        engine.url + "/generate", json.dumps(body).encode(), headers
-    )
+    request = urllib.request.Request(engine.url + "/generate", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=120) as response:
         response.read(20 if leaves else -1)
 

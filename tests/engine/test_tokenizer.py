@@ -20,7 +20,7 @@ from autellix_sglang.messages import GET, OPEN, TICK, ProgramControl, ProgramRep
 
 
 class Manager(tokenizer.ProgramTokenizerManager):
-    """Keeps what it would send to the scheduler; a test delivers the replies."""
+    """Keeps what it would send to the scheduler; a test delivers the replies to GET."""
 
     def __init__(self, ttl_s: float = 2.0) -> None:
         self.program_config = ProgramConfig(ttl=ttl_s)
@@ -36,7 +36,7 @@ class Manager(tokenizer.ProgramTokenizerManager):
 
     def _dispatch_to_scheduler(self, obj: Any) -> None:
         self.sent.append(obj)
-        if obj.op == TICK:
+        if obj.op in (OPEN, TICK):
             reply = ProgramReply(ok=True, body={"programs": self.num_programs})
             asyncio.get_running_loop().call_soon(self._take_reply, reply)
 
@@ -76,11 +76,9 @@ async def test_ticks_end_when_no_program_is_left():
     manager = Manager(ttl_s=0.1)
     assert manager._ticker is None
     manager.num_programs = 1
-    opening = asyncio.create_task(manager.program_control(ProgramControl(op=OPEN, now_s=0.0)))
-    await asyncio.sleep(0.4)
+    await manager.program_control(ProgramControl(op=OPEN, now_s=0.0))
+    await asyncio.sleep(0.6)
     assert not manager._ticker.done()
-    manager._take_reply(answer("p"))
-    await opening
     manager.num_programs = 0
     await asyncio.wait_for(manager._ticker, 2)
     num_ticks = len(manager.sent)
@@ -121,16 +119,16 @@ def test_bad_id_anywhere_in_a_batch_is_found_at_once():
 
 def test_http_request_is_settled_or_rejected(monkeypatch):
     """The middleware hears of the first call's ids, or of the error."""
-    for program_id, is_good in (("P", True), ("", False)):
-        context = http.RequestContext(HeaderIdentity(call_id="C"))
-        monkeypatch.setattr(tokenizer, "current_request", lambda context=context: context)
-        params = {"custom_params": {"program_id": program_id}}
-        try:
-            tokenizer._origin_of(normalized(text="a", sampling_params=params))
-        except IdentityError as error:
-            assert (is_good, context.error) == (False, error)
-        else:
-            assert (is_good, context.tag.program_id, context.tag.call_id) == (True, "P", "C")
+    good, bad = (http.RequestContext(HeaderIdentity(call_id="C")) for _ in range(2))
+    params = {"custom_params": {"program_id": "P"}}
+    monkeypatch.setattr(tokenizer, "current_request", lambda: good)
+    tokenizer._origin_of(normalized(text="a", sampling_params=params))
+    assert (good.tag.program_id, good.tag.call_id, good.error) == ("P", "C", None)
+    params = {"custom_params": {"program_id": ""}}
+    monkeypatch.setattr(tokenizer, "current_request", lambda: bad)
+    with pytest.raises(IdentityError) as caught:
+        tokenizer._origin_of(normalized(text="a", sampling_params=params))
+    assert (bad.tag, bad.error) == (None, caught.value)
 
 
 def test_summary_of_a_finished_call_reaches_meta_info_and_headers():
