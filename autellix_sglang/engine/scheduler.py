@@ -158,7 +158,7 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
             self._reconcile()
         plan = self.planner.plan(SchedulerView(self, running_batch))
         if plan.order is not None:
-            self.waiting_queue[:] = [call.handle for call in plan.order]
+            self._order_waiting_queue([call.handle for call in plan.order])
         victims = [call.handle for call in plan.preempt]
         self._take_off(running_batch, victims)
         next_plan = super().get_new_batch_prefill(running_batch)
@@ -167,6 +167,13 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
             self._add_request_to_queue(req, is_retracted=True)
         self._note_admission(next_plan)
         return next_plan
+
+    def _order_waiting_queue(self, order: list[Any]) -> None:
+        """Adopt an order, of exactly the requests that SGLang has waiting."""
+        if set(order) != set(self.waiting_queue):
+            self._reconcile()
+            order = [call.handle for call in self.program_table.queue]
+        self.waiting_queue[:] = order
 
     def _take_off(self, running_batch: Any, victims: list[Any]) -> None:
         """Remove victims from the batch; their KV stays in the radix tree, evictable."""

@@ -68,7 +68,9 @@ class SchedulerView:
         return int(req.kv.kv_committed_len + self._reserved(req))
 
     def _reserved(self, req: Any) -> int:
-        ratio: float = self._scheduler.new_token_ratio_tracker.current
+        """KV tokens that SGLang sets aside for what a running request may still generate."""
+        is_fixed = req.sampling_params.ignore_eos  # no early end to count on
+        ratio = 1.0 if is_fixed else self._scheduler.new_token_ratio_tracker.current
         return int(_max_new_tokens(req) * ratio)
 
 
