@@ -70,14 +70,21 @@ class Thread:
     """
 
     __slots__ = (
-        "_children", "_fork", "_frontier", "_is_ended", "_is_over", "_is_registered", "_parent",
-        "dag", "thread_id",
+        "_children", "_fork", "_frontier", "_group", "_is_ended", "_is_over", "_is_registered",
+        "_parent", "dag", "thread_id",
     )  # fmt: skip
 
-    def __init__(self, dag: Dag, parent: Thread | None, thread_id: str | None = None) -> None:
+    def __init__(
+        self,
+        dag: Dag,
+        parent: Thread | None,
+        thread_id: str | None = None,
+        group: object | None = None,
+    ) -> None:
         self.dag = dag
         self.thread_id = thread_id  # None until its first call
         self._parent = parent
+        self._group = group
         self._frontier: Frontier = () if parent is None else parent._frontier
         self._fork = self._frontier
         self._children: list[Thread] = []  # those that have called and were not joined yet
@@ -105,12 +112,16 @@ class Thread:
             self.thread_id = self.dag.next_thread_id()
         return self.thread_id
 
-    def fork(self, thread_id: str | None = None) -> Thread:
-        """A child that starts from here; it counts only once it calls."""
+    def fork(self, thread_id: str | None = None, group: object | None = None) -> Thread:
+        """A child that starts from here; it counts only once it calls.
+
+        Of the same `group` it takes after no sibling that nobody waited for (see `join`): jobs of a
+        pool do not depend on each other because one was over before the other was submitted.
+        """
         with self.dag.lock:
-            self._join_ended()
+            self._join_ended(group)
             self._parent = self._living_parent()  # a chain of tasks must not be a chain of memory
-            return Thread(self.dag, self, thread_id)
+            return Thread(self.dag, self, thread_id, group)
 
     def join(self, child: Thread) -> None:
         """Wait for what a child has completed so far; it may go on after that."""
@@ -141,11 +152,13 @@ class Thread:
         gone = {*ancestors, *calls}
         self._frontier = (*(c for c in self._frontier if c not in gone), *calls)
 
-    def _join_ended(self) -> None:
+    def _join_ended(self, but_group: object | None = None) -> None:
         if self._children:
-            for child in [child for child in self._children if child.is_ended]:
-                self._children.remove(child)
-                self._join(child)
+            ended = [child for child in self._children if child.is_ended]
+            for child in ended:
+                if but_group is None or child._group is not but_group:
+                    self._children.remove(child)
+                    self._join(child)
 
     def _join(self, child: Thread) -> None:
         child._join_ended()

@@ -227,27 +227,41 @@ def carry(function: Callable[P, T]) -> Callable[P, T]:
     For `threading.Thread(target=carry(work))` and foreign pools; call it once.
     """
     here = _current.get()
-    if here is None:
-        return function
-    child = here.fork()
+    return function if here is None else _bind(function, here.fork())
+
+
+def _bind(function: Callable[P, T], child: Thread) -> Callable[P, T]:
     context = copy_context()
     context.run(_current.set, child)
 
     @functools.wraps(function)
-    def carried(*args: P.args, **kwargs: P.kwargs) -> T:
+    def bound(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return context.run(function, *args, **kwargs)
         finally:
             child.end()
 
-    return carried
+    return bound
 
 
 class ThreadPool(ThreadPoolExecutor):
     """A `ThreadPoolExecutor` whose jobs are threads of the program that submits them."""
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        return super().submit(carry(fn), *args, **kwargs)
+        here = _current.get()
+        if here is None:
+            return super().submit(fn, *args, **kwargs)
+        child = here.fork(group=self)
+        future = super().submit(_bind(fn, child), *args, **kwargs)
+        result = future.result
+
+        def joined_result(timeout: float | None = None) -> T:
+            value = result(timeout)
+            here.join(child)  # whoever submits the next job has waited for this one
+            return value
+
+        future.result = joined_result  # type: ignore[method-assign]
+        return future
 
 
 # -- asyncio -------------------------------------------------------------------------------------
