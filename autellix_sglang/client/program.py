@@ -48,7 +48,7 @@ class Program(Dag):
         self._pid = os.getpid()
         self._is_ended = False
         # What its calls authenticated with, to end it as the same tenant.
-        self._servers: dict[Server, dict[str, str]] = {}
+        self._servers: dict[Server, dict[str, str] | None] = {}
 
     def start(self) -> None:
         """Tell every registered server; returns at once."""
@@ -57,7 +57,7 @@ class Program(Dag):
         if not servers:
             _warn_unregistered()
         for server in servers:
-            self._servers[server] = {}
+            self._servers[server] = None
             sessions.start(server, self.id)
 
     def end(self) -> None:
@@ -67,11 +67,11 @@ class Program(Dag):
         self._is_ended = True
         _open.discard(self)
         for server, credentials in self._servers.items():
-            sessions.end(server, self.id, credentials)
+            sessions.end(server, self.id, credentials or {})
 
     def note_call(self, server: Server, headers: Mapping[str, Any]) -> None:
         """Remember how the first call to a server authenticated."""
-        if not self._servers.get(server):
+        if self._servers.get(server) is None:
             found = ((name, headers.get(name)) for name in CREDENTIALS)
             self._servers[server] = {name: _text(value) for name, value in found if value}
 
