@@ -26,7 +26,7 @@ from typing import Any, Final
 
 from autellix_sglang.client.dag import Call
 from autellix_sglang.client.program import current_thread, fork_task, headers_of, issue_call
-from autellix_sglang.client.servers import Server
+from autellix_sglang.client.servers import Server, log
 
 Pending = tuple[Call, Server]
 
@@ -264,7 +264,11 @@ def install() -> None:
 def _hook(name: str, module: ModuleType) -> None:
     if name not in _hooked:
         _hooked.add(name)
-        HOOKS[name](module)
+        try:
+            HOOKS[name](module)
+        except AttributeError as error:  # a release that has moved what we hook
+            version = getattr(module, "__version__", "of this version")
+            log.warning("%s %s is not annotated: %s", name, version, error)
 
 
 class _HookFinder:

@@ -221,6 +221,20 @@ for name in present:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_library_that_has_changed_still_works() -> None:
+    """A release without the place that we hook is left alone, and that is said."""
+    script = """
+import sys, types
+sys.modules["requests"] = changed = types.ModuleType("requests")
+changed.__version__ = "99"
+import autellix_sglang.client as client
+client.register("http://ours.test")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr.startswith("requests 99 is not annotated: ")
+
+
 @pytest.mark.parametrize("url", ["localhost:1", "ftp://x", "http://", "http://x:y", ""])
 def test_a_base_url_that_is_none_is_refused(url: str) -> None:
     """A typing mistake is an error and not a server that is never matched."""
