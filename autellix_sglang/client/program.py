@@ -17,8 +17,8 @@ import secrets
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import ContextVar, copy_context
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar, Token, copy_context
 from types import TracebackType
 from typing import Any, Final, ParamSpec, TypeVar, overload
 
@@ -87,8 +87,14 @@ class Program(Dag):
         try:
             yield child
         finally:
-            _current.reset(token)
             child.end()
+            _leave(token)
+
+
+def _leave(token: Token[Thread | None]) -> None:
+    """Restore the context before the block, unless a generator is closed in another one."""
+    with suppress(ValueError):
+        _current.reset(token)
 
 
 def _text(value: Any) -> str:
@@ -126,7 +132,7 @@ def suspended() -> Iterator[None]:
     try:
         yield
     finally:
-        _current.reset(token)
+        _leave(token)
 
 
 @functools.cache
@@ -146,14 +152,17 @@ class _Run:
     def __init__(self, name: str, program_id: str | None) -> None:
         self._name = name
         self._id = program_id
-        self._entered: list[tuple[Program, Any]] = []
+        self._program: Program | None = None
+        self._token: Token[Thread | None] | None = None
 
     def __enter__(self) -> Program:
-        made = Program(self._id or new_id(self._name))
-        self._entered.append((made, _current.set(made.root)))
+        if self._program is not None:
+            raise RuntimeError("this run was entered before; program(...) makes another")
+        self._program = Program(self._id or new_id(self._name))
+        self._token = _current.set(self._program.root)
         _follow_running_loop()
-        made.start()
-        return made
+        self._program.start()
+        return self._program
 
     def __exit__(
         self,
@@ -161,9 +170,9 @@ class _Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        made, token = self._entered.pop()
-        _current.reset(token)
-        made.end()
+        assert self._program is not None and self._token is not None
+        self._program.end()
+        _leave(self._token)
 
     def __call__(self, function: Callable[P, T]) -> Callable[P, T]:
         return _decorate(function, self._name, self._id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import subprocess
 import sys
@@ -60,6 +61,29 @@ async def test_cancellation_ends_the_program(registered: Recorder) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert registered.sessions == sessions_of("cancelled")
+
+
+def test_a_generator_that_is_closed_elsewhere_ends_its_program(registered: Recorder) -> None:
+    """A block left in another context than it was entered in still ends."""
+
+    def steps() -> Iterator[None]:
+        with program(id="P"):
+            yield
+
+    running = steps()
+    contextvars.copy_context().run(next, running)
+    running.close()
+    assert registered.sessions == sessions_of("P")
+    assert current_program() is None
+
+
+def test_a_run_is_entered_once() -> None:
+    """A context manager that was used makes no second run in silence."""
+    run = program("agent")
+    with run:
+        pass
+    with pytest.raises(RuntimeError, match="entered before"), run:
+        pass
 
 
 @pytest.mark.parametrize("leave", ["sys.exit(3)", "raise ValueError", "pass"])

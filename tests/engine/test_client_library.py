@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import importlib
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import aiohttp
@@ -24,7 +25,11 @@ pytestmark = pytest.mark.engine
 WIDTH = 3
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
 CHAT: Any = {"model": "m", "messages": MESSAGES, "max_tokens": 4}
+RESPONSES: Any = {"model": "tiny-llama", "input": "hi", "max_output_tokens": 16}
 GENERATE: Any = {"text": "hi", "sampling_params": {"max_new_tokens": 4}}
+
+Call = Callable[[], object]
+AsyncCall = Callable[[], Awaitable[object]]
 
 
 @pytest.fixture(autouse=True)
@@ -71,66 +76,89 @@ def held_by(held: list[Program]) -> Program:
     return only
 
 
-def check_map_reduce(calls: list[dict[str, Any]]) -> None:
-    """One call, then WIDTH on threads of their own that waited for it, then one for all of them."""
+def check_map_reduce(calls: list[dict[str, Any]], makes_tasks: bool = False) -> None:
+    """One call, then WIDTH on threads of their own that waited for it, then one for all of them.
+
+    A library that `makes_tasks` runs each call in a task, so each is on a thread of its own.
+    """
     first, *maps, last = calls
-    assert (first["thread"], first["parents"], last["thread"]) == ("0", [], "0")
+    assert first["parents"] == []
     assert [call["parents"] for call in maps] == [[first["id"]]] * WIDTH
-    assert len({call["thread"] for call in calls}) == WIDTH + 1
     assert sorted(last["parents"]) == sorted(call["id"] for call in maps)
+    num_threads = len({call["thread"] for call in calls})
+    if makes_tasks:
+        assert num_threads == WIDTH + 2
+    else:
+        assert (num_threads, first["thread"], last["thread"]) == (WIDTH + 1, "0", "0")
 
 
 # -- one call with each library ------------------------------------------------------------------
 
 
-def with_openai(url: str) -> Callable[[], object]:
-    client = openai.OpenAI(base_url=url + "/v1", api_key="none")
-    return lambda: client.chat.completions.create(**CHAT)
+@contextmanager
+def with_openai(url: str) -> Iterator[Call]:
+    with openai.OpenAI(base_url=url + "/v1", api_key="none") as client:
+        yield lambda: client.chat.completions.create(**CHAT)
 
 
-def with_openai_stream(url: str) -> Callable[[], object]:
-    client = openai.OpenAI(base_url=url + "/v1", api_key="none")
-    return lambda: list(client.chat.completions.create(**CHAT, stream=True))
+@contextmanager
+def with_openai_stream(url: str) -> Iterator[Call]:
+    with openai.OpenAI(base_url=url + "/v1", api_key="none") as client:
+        yield lambda: list(client.chat.completions.create(**CHAT, stream=True))
 
 
-def with_openai_responses(url: str) -> Callable[[], object]:
-    client = openai.OpenAI(base_url=url + "/v1", api_key="none")
-    return lambda: client.responses.create(model="tiny-llama", input="hi", max_output_tokens=16)
+@contextmanager
+def with_openai_responses(url: str) -> Iterator[Call]:
+    with openai.OpenAI(base_url=url + "/v1", api_key="none") as client:
+        yield lambda: client.responses.create(**RESPONSES)
 
 
-def with_anthropic(url: str) -> Callable[[], object]:
-    client = anthropic.Anthropic(base_url=url, api_key="none")
-    return lambda: client.messages.create(**CHAT)
+@contextmanager
+def with_anthropic(url: str) -> Iterator[Call]:
+    with anthropic.Anthropic(base_url=url, api_key="none") as client:
+        yield lambda: client.messages.create(**CHAT)
 
 
-def with_anthropic_stream(url: str) -> Callable[[], object]:
-    client = anthropic.Anthropic(base_url=url, api_key="none")
+@contextmanager
+def with_anthropic_stream(url: str) -> Iterator[Call]:
+    with anthropic.Anthropic(base_url=url, api_key="none") as client:
 
-    def call() -> str:
-        with client.messages.stream(**CHAT) as stream:
-            return "".join(stream.text_stream)
+        def call() -> str:
+            with client.messages.stream(**CHAT) as stream:
+                return "".join(stream.text_stream)
 
-    return call
-
-
-def with_httpx(url: str) -> Callable[[], object]:
-    client = httpx.Client()
-    return lambda: client.post(url + "/generate", json=GENERATE).raise_for_status()
+        yield call
 
 
-def with_requests(url: str) -> Callable[[], object]:
-    return lambda: requests.post(url + "/generate", json=GENERATE).raise_for_status()
+@contextmanager
+def with_httpx(url: str) -> Iterator[Call]:
+    with httpx.Client() as client:
+        yield lambda: client.post(url + "/generate", json=GENERATE).raise_for_status()
 
 
-def with_requests_stream(url: str) -> Callable[[], object]:
-    body = {**GENERATE, "stream": True}
-    return lambda: list(requests.post(url + "/generate", json=body, stream=True).iter_lines())
+@contextmanager
+def with_requests(url: str) -> Iterator[Call]:
+    yield lambda: requests.post(url + "/generate", json=GENERATE).raise_for_status()
 
 
-def with_langchain(url: str) -> Callable[[], object]:
+@contextmanager
+def with_requests_stream(url: str) -> Iterator[Call]:
+    def call() -> list[bytes]:
+        body = {**GENERATE, "stream": True}
+        with requests.post(url + "/generate", json=body, stream=True) as response:
+            return list(response.iter_lines())
+
+    yield call
+
+
+@contextmanager
+def with_langchain(url: str) -> Iterator[Call]:
     langchain = pytest.importorskip("langchain_openai")
-    model = langchain.ChatOpenAI(base_url=url + "/v1", api_key="none", model="m", max_tokens=4)
-    return lambda: model.invoke("hi")
+    with httpx.Client() as client:
+        model = langchain.ChatOpenAI(
+            base_url=url + "/v1", api_key="none", model="m", max_tokens=4, http_client=client
+        )
+        yield lambda: model.invoke("hi")
 
 
 SYNC = [
@@ -139,12 +167,10 @@ SYNC = [
 ]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # clients that live as long as the process
 @pytest.mark.parametrize("make", SYNC, ids=lambda make: make.__name__[5:])
 def test_a_program_of_plain_functions(engine: Engine, make: Any) -> None:
     """The server shows exactly the calls, threads and parents of a fan-out in a thread pool."""
-    call = make(engine.url)
-    with program("sync") as running:
+    with make(engine.url) as call, program("sync") as running:
         call()
         with ThreadPool(WIDTH) as pool:
             for job in [pool.submit(call) for _ in range(WIDTH)]:
@@ -153,72 +179,79 @@ def test_a_program_of_plain_functions(engine: Engine, make: Any) -> None:
         check_map_reduce(calls_of(engine, running.id))
 
 
-AsyncCall = Callable[[], Awaitable[object]]
+@asynccontextmanager
+async def with_openai_async(url: str) -> AsyncIterator[AsyncCall]:
+    async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="none") as client:
+        yield lambda: client.chat.completions.create(**CHAT)
 
 
-def with_openai_async(url: str) -> AsyncCall:
-    client = openai.AsyncOpenAI(base_url=url + "/v1", api_key="none")
-    return lambda: client.chat.completions.create(**CHAT)
+@asynccontextmanager
+async def with_openai_async_stream(url: str) -> AsyncIterator[AsyncCall]:
+    async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="none") as client:
+
+        async def call() -> list[Any]:
+            chunks = await client.chat.completions.create(**CHAT, stream=True)
+            return [chunk async for chunk in chunks]
+
+        yield call
 
 
-def with_openai_async_stream(url: str) -> AsyncCall:
-    client = openai.AsyncOpenAI(base_url=url + "/v1", api_key="none")
-
-    async def call() -> list[Any]:
-        return [chunk async for chunk in await client.chat.completions.create(**CHAT, stream=True)]
-
-    return call
+@asynccontextmanager
+async def with_anthropic_async(url: str) -> AsyncIterator[AsyncCall]:
+    async with anthropic.AsyncAnthropic(base_url=url, api_key="none") as client:
+        yield lambda: client.messages.create(**CHAT)
 
 
-def with_anthropic_async(url: str) -> AsyncCall:
-    client = anthropic.AsyncAnthropic(base_url=url, api_key="none")
-    return lambda: client.messages.create(**CHAT)
+@asynccontextmanager
+async def with_httpx_async(url: str) -> AsyncIterator[AsyncCall]:
+    async with httpx.AsyncClient() as client:
+        yield lambda: client.post(url + "/generate", json=GENERATE)
 
 
-def with_httpx_async(url: str) -> AsyncCall:
-    client = httpx.AsyncClient()
-    return lambda: client.post(url + "/generate", json=GENERATE)
+@asynccontextmanager
+async def with_aiohttp(url: str) -> AsyncIterator[AsyncCall]:
+    async with aiohttp.ClientSession() as session:
+
+        async def call() -> object:
+            async with session.post(url + "/generate", json=GENERATE) as response:
+                return await response.json()
+
+        yield call
 
 
-def with_aiohttp(url: str) -> AsyncCall:
-    async def call() -> object:
-        async with (
-            aiohttp.ClientSession() as session,
-            session.post(url + "/generate", json=GENERATE) as response,
-        ):
-            return await response.json()
+@asynccontextmanager
+async def with_aiohttp_stream(url: str) -> AsyncIterator[AsyncCall]:
+    async with aiohttp.ClientSession() as session:
 
-    return call
+        async def call() -> object:
+            body = {**GENERATE, "stream": True}
+            async with session.post(url + "/generate", json=body) as response:
+                return [line async for line in response.content]
 
-
-def with_aiohttp_stream(url: str) -> AsyncCall:
-    async def call() -> object:
-        body = {**GENERATE, "stream": True}
-        async with (
-            aiohttp.ClientSession() as session,
-            session.post(url + "/generate", json=body) as response,
-        ):
-            return [line async for line in response.content]
-
-    return call
+        yield call
 
 
-def with_langchain_async(url: str) -> AsyncCall:
+@asynccontextmanager
+async def with_langchain_async(url: str) -> AsyncIterator[AsyncCall]:
     langchain = pytest.importorskip("langchain_openai")
-    model = langchain.ChatOpenAI(base_url=url + "/v1", api_key="none", model="m", max_tokens=4)
-    return lambda: model.ainvoke("hi")
+    async with httpx.AsyncClient() as client:
+        model = langchain.ChatOpenAI(
+            base_url=url + "/v1", api_key="none", model="m", max_tokens=4, http_async_client=client
+        )
+        yield lambda: model.ainvoke("hi")
 
 
-def with_openai_agents(url: str) -> AsyncCall:
+@asynccontextmanager
+async def with_openai_agents(url: str) -> AsyncIterator[AsyncCall]:
     agents = pytest.importorskip("agents")
     agents.set_tracing_disabled(True)  # it would report to OpenAI
-    client = openai.AsyncOpenAI(base_url=url + "/v1", api_key="none")
-    agent = agents.Agent(
-        name="helper",
-        model=agents.OpenAIChatCompletionsModel(model="m", openai_client=client),
-        model_settings=agents.ModelSettings(max_tokens=4),
-    )
-    return lambda: agents.Runner.run(agent, "hi")
+    async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="none") as client:
+        agent = agents.Agent(
+            name="helper",
+            model=agents.OpenAIChatCompletionsModel(model="m", openai_client=client),
+            model_settings=agents.ModelSettings(max_tokens=4),
+        )
+        yield lambda: agents.Runner.run(agent, "hi")
 
 
 ASYNC = [
@@ -227,16 +260,16 @@ ASYNC = [
 ]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("make", ASYNC, ids=lambda make: make.__name__[5:])
 async def test_a_program_of_coroutines(engine: Engine, make: Any) -> None:
     """The server shows exactly the calls, threads and parents of a fan-out by gather."""
-    call = make(engine.url)
-    with program("async") as running:
-        await call()
-        await asyncio.gather(*(call() for _ in range(WIDTH)))
-        await call()
-        check_map_reduce(await asyncio.to_thread(calls_of, engine, running.id))
+    async with make(engine.url) as call:
+        with program("async") as running:
+            await call()
+            await asyncio.gather(*(call() for _ in range(WIDTH)))
+            await call()
+            calls = await asyncio.to_thread(calls_of, engine, running.id)
+            check_map_reduce(calls, make in (with_langchain_async, with_openai_agents))
 
 
 # -- sessions ------------------------------------------------------------------------------------
