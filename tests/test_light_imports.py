@@ -10,6 +10,7 @@ import pytest
 BLOCKED = ("torch", "sglang", "zmq", "fastapi", "numpy")
 STANDARD_LIBRARY_ONLY = (
     "autellix_sglang",
+    "autellix_sglang.client",
     "autellix_sglang.config",
     "autellix_sglang.core.planner",
     "autellix_sglang.core.policy",

@@ -1,0 +1,189 @@
+"""What a program's calls waited for: threads, their frontiers, fork and join.
+
+A thread's *frontier* is the smallest set of completed calls that everything before in it (and in
+the child threads that ended) leads up to. A new call's parents are its thread's frontier.
+
+    issue      parents = frontier
+    complete   frontier = frontier - the call's parents + the call
+    fork       the child starts with a copy of the frontier
+    join       frontier = frontier - what the child started with + the child's frontier
+
+What is taken away is an ancestor of what is put in its place, so parents are direct ones. A child
+is joined when it has ended, at its parent's next call or fork: nothing need be told who waits for
+whom, and a child that still runs is nobody's parent. No clock, no I/O; safe for any OS thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from autellix_sglang.identity import MAX_PARENTS
+
+Frontier = tuple[str, ...]
+
+
+class Dag:
+    """Hands out the names of one program's threads and calls, and the lock over them.
+
+    `prefix` keeps call ids apart when several processes continue the same program.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._num_calls = itertools.count(1)
+        self._num_threads = itertools.count()
+        # Re-entrant, because a garbage-collected response completes its call wherever that happens.
+        self.lock = threading.RLock()
+        self.root = Thread(self, None)
+        self.root.name()
+
+    def next_call_id(self) -> str:
+        return f"{self._prefix}-{next(self._num_calls)}"
+
+    def next_thread_id(self) -> str:
+        return str(next(self._num_threads))
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call from its issue to its completion; a failed call is just never completed."""
+
+    call_id: str
+    parents: Frontier
+    thread: Thread = field(repr=False)
+    is_completed: bool = False
+
+    def complete(self) -> None:
+        """The answer has arrived; a second time changes nothing."""
+        if not self.is_completed:
+            self.is_completed = True
+            self.thread.completed(self)
+
+
+class Thread:
+    """A chain of dependent calls. One for each task, pool job or explicit thread that calls.
+
+    It has ended when `is_over` says so, or after `end()`. Threads that never call leave no trace.
+    """
+
+    __slots__ = (
+        "_children", "_fork", "_frontier", "_group", "_is_ended", "_is_over", "_is_registered",
+        "_parent", "dag", "thread_id",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        dag: Dag,
+        parent: Thread | None,
+        thread_id: str | None = None,
+        group: object | None = None,
+    ) -> None:
+        self.dag = dag
+        self.thread_id = thread_id  # None until its first call
+        self._parent = parent
+        self._group = group
+        self._frontier: Frontier = () if parent is None else parent._frontier
+        self._fork = self._frontier
+        self._children: list[Thread] = []  # those that have called and were not joined yet
+        self._is_registered = parent is None
+        self._is_ended = False
+        self._is_over: Callable[[], bool] | None = None
+
+    @property
+    def is_ended(self) -> bool:
+        if not self._is_ended and self._is_over is not None and self._is_over():
+            self._is_ended = True
+            self._is_over = None  # do not keep a finished task alive
+        return self._is_ended
+
+    @property
+    def frontier(self) -> Frontier:
+        """What the next call's parents would be."""
+        with self.dag.lock:
+            self._join_ended()
+            return self._frontier
+
+    def name(self) -> str:
+        """Its id, given at its first call so that tasks which never call use none up."""
+        if self.thread_id is None:
+            self.thread_id = self.dag.next_thread_id()
+        return self.thread_id
+
+    def fork(self, thread_id: str | None = None, group: object | None = None) -> Thread:
+        """A child that starts from here; it counts only once it calls.
+
+        Of the same `group` it takes after no sibling that nobody waited for (see `join`): jobs of a
+        pool do not depend on each other because one was over before the other was submitted.
+        """
+        with self.dag.lock:
+            self._join_ended(group)
+            self._parent = self._living_parent()  # a chain of tasks must not be a chain of memory
+            return Thread(self.dag, self, thread_id, group)
+
+    def join(self, child: Thread) -> None:
+        """Wait for what a child has completed so far; it may go on after that."""
+        with self.dag.lock:
+            self._join(child)
+
+    def end(self) -> None:
+        """No more calls will come from this thread."""
+        self._is_ended = True
+
+    def end_when(self, is_over: Callable[[], bool]) -> None:
+        """It has ended once `is_over()`; asked at the parent's calls and forks."""
+        self._is_over = is_over
+
+    def issue(self) -> Call:
+        """A new call of this thread, with its parents (the latest, if they are too many)."""
+        with self.dag.lock:
+            self._join_ended()
+            self._register()
+            self.name()
+            return Call(self.dag.next_call_id(), self._frontier[-MAX_PARENTS:], self)
+
+    def completed(self, call: Call) -> None:
+        with self.dag.lock:
+            self._advance(call.parents, (call.call_id,))
+
+    def _advance(self, ancestors: Frontier, calls: Frontier) -> None:
+        gone = {*ancestors, *calls}
+        self._frontier = (*(c for c in self._frontier if c not in gone), *calls)
+
+    def _join_ended(self, but_group: object | None = None) -> None:
+        if self._children:
+            ended = [child for child in self._children if child.is_ended]
+            for child in ended:
+                if but_group is None or child._group is not but_group:
+                    self._children.remove(child)
+                    self._join(child)
+
+    def _join(self, child: Thread) -> None:
+        child._join_ended()
+        if child.is_ended:
+            for orphan in child._children:  # they still run: this thread will join them
+                orphan._parent = self
+                self._children.append(orphan)
+            child._children = []
+        if child._frontier != child._fork:
+            self._advance(child._fork, child._frontier)
+            child._fork = child._frontier  # what is taken over now is an ancestor of what follows
+
+    def _register(self) -> None:
+        """Make the parent look out for this thread's end."""
+        if self._is_registered:
+            return
+        self._is_registered = True
+        self._parent = parent = self._living_parent()
+        assert parent is not None, "only the root has no parent, and it is registered"
+        parent._children.append(self)
+        parent._register()
+
+    def _living_parent(self) -> Thread | None:
+        """The nearest ancestor that still runs; the root never ends before its program."""
+        parent = self._parent
+        while parent is not None and parent._parent is not None and parent.is_ended:
+            parent = parent._parent
+        return parent

@@ -1,0 +1,313 @@
+"""Where HTTP libraries are annotated: at the lowest level, one HTTP request at a time.
+
+| library | hook | call is complete when |
+|---|---|---|
+| httpx, httpx2 (so openai, anthropic) | `Client._send_single_request` | its stream is closed |
+| requests | `HTTPAdapter.send` | its body is read or closed |
+| aiohttp | `ClientRequest.send`, `ClientResponse.start` | its connection is released |
+| asyncio | `BaseEventLoop.create_task` | (forks a thread per task) |
+
+Below all of them redirects are separate requests, so each is looked up for itself; our headers are
+on the request only while it is sent, so that a redirect to another host has nothing to copy.
+A library is hooked when it is imported, or at once if it was imported before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, Final
+
+from autellix_sglang.client.dag import Call
+from autellix_sglang.client.program import current_thread, fork_task, headers_of, issue_call
+from autellix_sglang.client.servers import Server, log
+
+Pending = tuple[Call, Server]
+
+
+def note_response(pending: Pending, status: int, headers: Mapping[str, str]) -> Call | None:
+    """The call to complete later; None where the answer is an error or a redirect."""
+    call, server = pending
+    if not 200 <= status < 300:
+        return None
+    if server.is_ours is None:
+        server.note_answer("x-program-id" in headers, "its answer names no program")
+    return call
+
+
+# -- httpx and httpx2 ----------------------------------------------------------------------------
+
+
+def hook_httpx(httpx: ModuleType) -> None:
+    """Hook a module that is httpx or its successor."""
+    streams = _watched_streams(httpx)
+    httpx.Client._send_single_request = _httpx_send(httpx.Client._send_single_request, streams[0])
+    httpx.AsyncClient._send_single_request = _httpx_send_async(
+        httpx.AsyncClient._send_single_request, streams[1]
+    )
+
+
+def _watched_streams(httpx: ModuleType) -> tuple[type, type]:
+    """Response streams that complete a call when they are closed, which reading to the end does."""
+
+    class WatchedStream(httpx.SyncByteStream):  # type: ignore[name-defined, misc]
+        def __init__(self, inner: Any, call: Call) -> None:
+            self._inner, self._call = inner, call
+
+        def __iter__(self) -> Iterator[bytes]:
+            return iter(self._inner)
+
+        def close(self) -> None:
+            self._inner.close()
+            self._call.complete()
+
+    class WatchedAsyncStream(httpx.AsyncByteStream):  # type: ignore[name-defined, misc]
+        def __init__(self, inner: Any, call: Call) -> None:
+            self._inner, self._call = inner, call
+
+        def __aiter__(self) -> Any:
+            return aiter(self._inner)
+
+        async def aclose(self) -> None:
+            await self._inner.aclose()
+            self._call.complete()
+
+    return WatchedStream, WatchedAsyncStream
+
+
+def _issue_httpx(request: Any) -> Pending | None:
+    if current_thread() is None or request.method != "POST":
+        return None
+    url = request.url
+    return issue_call(url.scheme, url.host, url.port, url.path, request.headers)
+
+
+def _with_ids(headers: Any, call: Call) -> Any:
+    """A copy of httpx headers with ours; a new object is many times cheaper than updating one."""
+    ours = ((name.encode(), value.encode()) for name, value in headers_of(call).items())
+    return type(headers)([*headers.raw, *ours])
+
+
+def _watched(response: Any, pending: Pending, stream: type) -> Any:
+    call = note_response(pending, response.status_code, response.headers)
+    if call is not None and response.is_closed:  # a transport in this process had it all at once
+        call.complete()
+    elif call is not None:
+        response.stream = stream(response.stream, call)
+    return response
+
+
+def _httpx_send(original: Callable[..., Any], stream: type) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def send(self: Any, request: Any) -> Any:
+        pending = _issue_httpx(request)
+        if pending is None:
+            return original(self, request)
+        headers = request.headers
+        request.headers = _with_ids(headers, pending[0])
+        try:
+            response = original(self, request)
+        finally:
+            request.headers = headers
+        return _watched(response, pending, stream)
+
+    return send
+
+
+def _httpx_send_async(original: Callable[..., Any], stream: type) -> Callable[..., Any]:
+    @functools.wraps(original)
+    async def send(self: Any, request: Any) -> Any:
+        pending = _issue_httpx(request)
+        if pending is None:
+            return await original(self, request)
+        headers = request.headers
+        request.headers = _with_ids(headers, pending[0])
+        try:
+            response = await original(self, request)
+        finally:
+            request.headers = headers
+        return _watched(response, pending, stream)
+
+    return send
+
+
+# -- requests ------------------------------------------------------------------------------------
+
+
+def hook_requests(requests: ModuleType) -> None:
+    adapter = requests.adapters.HTTPAdapter
+    adapter.send = _requests_send(adapter.send, requests.compat.urlsplit)
+
+
+def _requests_send(original: Callable[..., Any], urlsplit: Any) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def send(self: Any, request: Any, stream: bool = False, *args: Any, **kwargs: Any) -> Any:
+        pending = None
+        if current_thread() is not None and request.method == "POST":
+            url = urlsplit(request.url)
+            pending = issue_call(url.scheme, url.hostname, url.port, url.path, request.headers)
+        if pending is None:
+            return original(self, request, stream, *args, **kwargs)
+        headers = request.headers
+        request.headers = headers.copy()
+        request.headers.update(headers_of(pending[0]))
+        try:
+            response = original(self, request, stream, *args, **kwargs)
+        finally:
+            request.headers = headers
+        call = note_response(pending, response.status_code, response.headers)
+        if call is not None and stream:
+            _complete_when_read(response, call)
+        elif call is not None:
+            call.complete()  # the session reads the body before anybody sees the response
+        return response
+
+    return send
+
+
+def _complete_when_read(response: Any, call: Call) -> None:
+    iter_content, close = response.iter_content, response.close
+
+    def watched_iter_content(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        yield from iter_content(*args, **kwargs)
+        call.complete()
+
+    def watched_close() -> None:
+        close()
+        call.complete()
+
+    response.iter_content, response.close = watched_iter_content, watched_close
+
+
+# -- aiohttp -------------------------------------------------------------------------------------
+
+
+def hook_aiohttp(aiohttp: ModuleType) -> None:
+    aiohttp.ClientRequest.send = _aiohttp_send(aiohttp.ClientRequest.send)
+    aiohttp.ClientResponse.start = _aiohttp_start(aiohttp.ClientResponse.start)
+
+
+def _aiohttp_send(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    async def send(self: Any, connection: Any) -> Any:
+        pending = None
+        if current_thread() is not None and self.method == "POST":
+            url = self.url
+            pending = issue_call(url.scheme, url.host, url.port, url.path, self.headers)
+        if pending is None:
+            return await original(self, connection)
+        self.headers.update(headers_of(pending[0]))  # this request is sent once, then discarded
+        response = await original(self, connection)
+        response._autellix_pending = pending
+        return response
+
+    return send
+
+
+def _aiohttp_start(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    async def start(self: Any, connection: Any) -> Any:
+        await original(self, connection)
+        pending = getattr(self, "_autellix_pending", None)
+        call = pending and note_response(pending, self.status, self.headers)
+        if call is not None:
+            if self.connection is None:  # the whole body came with the headers
+                call.complete()
+            else:
+                self.connection.add_callback(call.complete)
+        return self
+
+    return start
+
+
+# -- asyncio -------------------------------------------------------------------------------------
+
+
+def hook_asyncio() -> None:
+    original = asyncio.BaseEventLoop.create_task
+
+    @functools.wraps(original)
+    def create_task(self: Any, coro: Any, **kwargs: Any) -> Any:
+        return fork_task(functools.partial(original, self), coro, kwargs)
+
+    asyncio.BaseEventLoop.create_task = create_task  # type: ignore[method-assign]
+
+
+# -- installation --------------------------------------------------------------------------------
+
+HOOKS: Final[Mapping[str, Callable[[ModuleType], None]]] = {
+    "httpx": hook_httpx,
+    "httpx2": hook_httpx,
+    "requests": hook_requests,
+    "aiohttp": hook_aiohttp,
+}
+_hooked: set[str] = set()
+
+
+def install() -> None:
+    """Hook what is imported, and watch for the import of the rest; again does nothing."""
+    if any(isinstance(finder, _HookFinder) for finder in sys.meta_path):
+        return
+    hook_asyncio()
+    sys.meta_path.insert(0, _HookFinder())
+    for name in HOOKS:
+        if name in sys.modules:
+            _hook(name, sys.modules[name])
+
+
+def _hook(name: str, module: ModuleType) -> None:
+    if name not in _hooked:
+        _hooked.add(name)
+        try:
+            HOOKS[name](module)
+        except AttributeError as error:  # a release that has moved what we hook
+            version = getattr(module, "__version__", "of this version")
+            log.warning("%s %s is not annotated: %s", name, version, error)
+
+
+class _HookFinder:
+    """Finds the libraries of `HOOKS` where the others do, and hooks them once they are loaded."""
+
+    def __init__(self) -> None:
+        self._searching: set[str] = set()
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in HOOKS or fullname in _hooked or fullname in self._searching:
+            return None
+        self._searching.add(fullname)
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self._searching.discard(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _HookLoader(spec.loader)
+        return spec
+
+
+class _HookLoader(Loader):
+    """The library's own loader, and then our hook."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        made: ModuleType | None = self._inner.create_module(spec)
+        return made
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._inner.exec_module(module)
+        module.__loader__ = self._inner
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._inner
+        _hook(module.__name__, module)
