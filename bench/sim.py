@@ -35,7 +35,7 @@ from autellix_sglang.core.policy import POLICIES
 from autellix_sglang.errors import ConfigError
 from bench.common import Progress, format_table, print_result, provenance, say
 from bench.replay import poisson_arrivals
-from bench.sim_device import PRESETS, Device, attention_pairs
+from bench.sim_device import PRESETS, Device, DeviceError, attention_pairs, load_device
 from bench.sim_engine import BASELINES, Blueprint, Kv, Scheduling, SimEngine, blueprint
 from bench.stats import Run, longest_decile_ratio, summarize
 from bench.synthetic import WORKLOADS, corpora
@@ -368,6 +368,7 @@ def parser() -> argparse.ArgumentParser:
     add("--policies", nargs="+", choices=known, help="default: all")
     add("--loads", nargs="+", type=float, help="shares of the capacity (default: 0.5 to 3)")
     add("--minutes", type=float, help="how long programs arrive (default: 20)")
+    add("--points", type=Path, help="measured batches of another device, in place of --device")
     add("--slots", type=int, default=SLOTS, help="calls in a batch (default: %(default)s)")
     add("--chunk", type=int, default=8192, help="prefill tokens per pass (%(default)s)")
     add("--kv", type=Kv, choices=Kv, default=Kv.KEEP, metavar="{keep,swap,drop}",
@@ -383,7 +384,7 @@ def parser() -> argparse.ArgumentParser:
 def setup_of(options: argparse.Namespace) -> Setup:
     minutes = options.minutes or (QUICK_MINUTES if options.quick else MINUTES)
     return Setup(
-        device=PRESETS[options.device],
+        device=load_device(options.points) if options.points else PRESETS[options.device],
         num_slots=options.slots,
         chunk_tokens=options.chunk,
         gap_scale=options.gap_scale,
@@ -413,7 +414,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = arguments.parse_args(argv)
     try:
         return report(options, setup_of(options), started)
-    except (ConfigError, TraceError, OSError) as error:
+    except (ConfigError, TraceError, DeviceError, OSError) as error:
         arguments.error(str(error))
 
 

@@ -21,9 +21,11 @@ Sources of the preset numbers:
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -191,3 +193,21 @@ def fitted(name: str, decode: Sequence[Point], prefill: Sequence[Point], kv_toke
         copy_token_s=0.0,
         kv_tokens=kv_tokens,
     )
+
+
+class DeviceError(ValueError):
+    """A file of measured points cannot be used; the message names the file and what is wrong."""
+
+
+def load_device(path: Path) -> Device:
+    """The device fitted to a file of measured batches; raises `DeviceError` or `OSError`.
+
+    The file is a JSON object: `name`, `kv_tokens`, `decode` with rows of [calls, KV tokens read,
+    seconds], and `prefill` with rows of [new tokens, attention pairs, seconds].
+    """
+    try:
+        value = json.loads(path.read_text())
+        decode, prefill = ([Point(*row) for row in value[key]] for key in ("decode", "prefill"))
+        return fitted(str(value["name"]), decode, prefill, int(value["kv_tokens"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise DeviceError(f"{path}: {type(error).__name__}: {error}") from error

@@ -1,8 +1,18 @@
 """Step times: presets against published figures, closed forms against sums, fits against truth."""
 
+import json
+
 import pytest
 
-from bench.sim_device import PRESETS, Point, attention_pairs, fit, fitted
+from bench.sim_device import (
+    PRESETS,
+    DeviceError,
+    Point,
+    attention_pairs,
+    fit,
+    fitted,
+    load_device,
+)
 
 A100 = PRESETS["a100-8b"]
 
@@ -72,3 +82,24 @@ def test_a_fit_of_too_few_points_is_refused():
     """Two points do not determine three coefficients."""
     with pytest.raises(ValueError, match="three points or more, got 2"):
         fit([Point(1, 0, 3.0), Point(2, 0, 2.0)])
+
+
+def test_a_device_is_read_from_a_file_of_points(tmp_path):
+    """Rows of the file are batches; the fit gives their times back."""
+    path = tmp_path / "points.json"
+    rows = [[1, 10, 0.002], [4, 100, 0.005], [8, 50, 0.009]]
+    path.write_text(json.dumps({"name": "x", "kv_tokens": 9, "decode": rows, "prefill": rows}))
+    device = load_device(path)
+
+    assert (device.name, device.kv_tokens) == ("x", 9)
+    assert device.decode_time_s(4, 100) == pytest.approx(0.005, rel=0.2)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"name": "x"}', '{"decode": [[1]], "prefill": []}'])
+def test_a_file_that_is_not_points_is_refused_by_name(tmp_path, text):
+    """The error names the file."""
+    path = tmp_path / "points.json"
+    path.write_text(text)
+
+    with pytest.raises(DeviceError, match=r"points\.json"):
+        load_device(path)
