@@ -6,8 +6,10 @@
 
 One axis is varied at a time, all else as the `--program-*` flags say (by default the product's
 defaults); `--grid` takes every combination of the axes instead. Axes are the settings of
-`config.py`, and two that are not settings:
+`config.py`, and three that are not settings:
 
+- `last`: the service in steps at which the last, open level begins. It chooses the number of
+  levels, with quantum and factor as they are;
 - `tie`: inside a level, by the program's arrival (the product) or by the call's own;
 - `unit`: what service is counted in. `steps` (the product: a prefill token costs what the engine
   measures), `tokens` (a prefill token costs as much as a generated one), `outputs` (nothing).
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,13 +48,14 @@ AXES: Final[dict[str, tuple[Any, ...]]] = {
     "levels": (2, 3, 4, 6, 8, 12),
     "quantum": (8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0),
     "factor": (1.5, 2.0, 3.0, 4.0, 8.0),
+    "last": (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 65536),
     "beta": (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
     "min_run": (0.0, 8.0, 32.0, 128.0, 512.0),
     "tie": ("program", "call"),
     "unit": tuple(UNITS),
 }
 LOADS: Final = (0.5, 0.8, 1.0, 1.2)
-QUICK_AXES: Final = ("quantum", "beta")
+QUICK_AXES: Final = ("quantum", "last")
 QUICK_LOADS: Final = (1.2,)
 QUICK_MINUTES: Final = 5.0
 MEASURES: Final = ("latency", "response", "p99", "longest")
@@ -71,11 +75,18 @@ class Row:
 
 def scheduling(base: Scheduling, values: Values) -> Scheduling:
     """The settings with these values in place of the base's; raises `ConfigError`."""
-    settings = {axis: v for axis, v in values.items() if axis not in ("tie", "unit")}
+    settings = {axis: v for axis, v in values.items() if axis not in ("last", "tie", "unit")}
     if "unit" in values:
         settings["prefill_weight"] = UNITS[values["unit"]]
     config = base.config.replace(**settings)
+    if "last" in values:
+        config = config.replace(levels=num_levels(config, values["last"]))
     return replace(base, config=config, policy=_policy(config, values.get("tie", "program")))
+
+
+def num_levels(config: ProgramConfig, last: float) -> int:
+    """So many levels that the last one begins nearest to `last` steps; at least two."""
+    return 2 + max(0, round(math.log(last / config.quantum, config.factor)))
 
 
 def _policy(config: ProgramConfig, tie: str) -> Policy:

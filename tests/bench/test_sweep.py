@@ -7,7 +7,7 @@ import pytest
 from autellix_sglang.config import ProgramConfig
 from autellix_sglang.errors import ConfigError
 from bench.sim_engine import Scheduling
-from bench.sweep import AXES, choices, main, scheduling
+from bench.sweep import AXES, choices, main, num_levels, scheduling
 
 BASE = Scheduling(config=ProgramConfig(policy="plas", beta=5.0))
 
@@ -40,6 +40,14 @@ def test_ties_and_units_become_policy_and_weight():
     assert not chosen.policy.groups_programs
     assert chosen.policy.is_shared
     assert chosen.config.prefill_weight == 1.0
+
+
+def test_the_last_level_begins_where_it_is_put():
+    """From 32 steps in factors of 2, a last level from 2048 on is the eighth; never below two."""
+    default = ProgramConfig(quantum=32.0, factor=2.0)
+
+    assert [num_levels(default, last) for last in (8, 32, 2048, 4096)] == [2, 2, 8, 9]
+    assert scheduling(BASE, {"quantum": 512.0, "factor": 4.0, "last": 2048}).config.levels == 3
 
 
 def test_a_value_that_no_server_accepts_is_refused():
