@@ -176,6 +176,18 @@ class Curves:
             return None
         return mine / theirs
 
+    def least_ratio(self, policy: str, baseline: str, level: str) -> float | None:
+        """What `ratio` exceeds where only the baseline crosses the level within the loads."""
+        at_ms = self.levels_ms[level]
+        theirs = rate_at(self.latency_curve(baseline), at_ms)
+        is_beyond = rate_at(self.latency_curve(policy), at_ms) == math.inf
+        return max(self.by_load) / theirs if is_beyond and theirs not in (None, math.inf) else None
+
+    def shown(self, policy: str, baseline: str, level: str) -> object:
+        """The ratio, or `> least`, for a table."""
+        least = self.least_ratio(policy, baseline, level)
+        return self.ratio(policy, baseline, level) if least is None else f"> {least:.3g}"
+
 
 def compare(
     setup: Setup, plans: Sequence[Blueprint], policies: Sequence[str], loads: Sequence[float]
@@ -267,7 +279,7 @@ def crossing_rows(curves: Curves) -> list[list[object]]:
         for policy in curves.policies:
             share = rate_at(curves.latency_curve(policy), at_ms)
             crossed = "never" if share == math.inf else share
-            ratios = [curves.ratio(policy, baseline, level) for baseline in _baselines(curves)]
+            ratios = [curves.shown(policy, baseline, level) for baseline in _baselines(curves)]
             rows.append([f"{level} = {at_ms:.0f} ms", policy, crossed, *ratios])
     return rows
 
@@ -278,28 +290,46 @@ def _baselines(curves: Curves) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One bar of issue 6 and the best attained-service policy's ratio at each level."""
+    """One bar of issue 6 and the best attained-service policy's ratio at each level.
+
+    `beyond` holds what the ratio exceeds at levels that the policy does not cross within the loads.
+    """
 
     workload: str
     against: str
     least: float
     ratios: dict[str, float | None]
+    beyond: dict[str, float | None]
 
     @property
     def verdict(self) -> str:
-        known = [ratio for ratio in self.ratios.values() if ratio is not None]
-        return "unknown" if not known else "met" if max(known) >= self.least else "missed"
+        """`open` where no ratio reaches the bar and a crossing lies beyond the loads."""
+        known = [r for r in (*self.ratios.values(), *self.beyond.values()) if r is not None]
+        if any(ratio >= self.least for ratio in known):
+            return "met"
+        is_open = not known or any(least is not None for least in self.beyond.values())
+        return "open" if is_open else "missed"
+
+    def row(self) -> list[object]:
+        cells = [
+            ratio if self.beyond[level] is None else f"> {self.beyond[level]:.3g}"
+            for level, ratio in self.ratios.items()
+        ]
+        return [self.workload, self.against, self.least, *cells, self.verdict]
 
 
 def bars(by_workload: Mapping[str, Curves], policies: Sequence[str]) -> list[Bar]:
     found = []
     for workload, curves in by_workload.items():
         for against, least in zip(_baselines(curves), BARS.get(workload, ()), strict=False):
-            ratios = {
-                level: _best(curves.ratio(policy, against, level) for policy in policies)
-                for level in curves.levels_ms
-            }
-            found.append(Bar(workload, against, least, ratios))
+            ratios, beyond = (
+                {
+                    level: _best(measure(policy, against, level) for policy in policies)
+                    for level in curves.levels_ms
+                }
+                for measure in (curves.ratio, curves.least_ratio)
+            )
+            found.append(Bar(workload, against, least, ratios, beyond))
     return found
 
 
@@ -318,9 +348,7 @@ def print_workload(name: str, curves: Curves) -> None:
 
 def print_bars(found: Sequence[Bar]) -> None:
     levels = list(found[0].ratios)
-    rows = [
-        [bar.workload, bar.against, bar.least, *bar.ratios.values(), bar.verdict] for bar in found
-    ]
+    rows = [bar.row() for bar in found]
     print("\nbest attained-service policy: rate over the baseline's at each level\n")
     print(format_table(["workload", "against", "bar", *levels, "verdict"], rows))
 

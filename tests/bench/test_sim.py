@@ -44,7 +44,16 @@ def test_bars_name_the_best_policy_at_each_level():
     (bar,) = bars({"chat": curves}, ["plas", "atlas"])
 
     assert bar.ratios == {"2x": pytest.approx(1.5), "4x": None, "300 ms": None}
-    assert bar.verdict == "missed"
+    assert bar.verdict == "open"
+
+
+def test_a_policy_that_never_crosses_a_level_has_a_least_ratio():
+    """Stock order crosses 20 ms at load 2, the policy not by load 4: at least twice the rate."""
+    curves = curves_of(fcfs=[10, 20, 40, 80], plas=[10, 11, 12, 13])
+    (bar,) = bars({"mixed": curves}, ["plas"])
+
+    assert bar.beyond["2x"] == pytest.approx(2.0)
+    assert bar.row() == ["mixed", "fcfs", 4.0, "> 2", "> 1.33", None, "open"]
 
 
 def test_load_one_is_where_stock_order_begins_to_queue():
