@@ -277,6 +277,7 @@ class SimEngine:
         self._context = 0  # KV tokens that the next decode step reads
         self._num_decodes = 0  # decode steps so far
         self._may_leave_at = math.inf  # decode step at which a worse call has run `min_run`
+        self._considered_at = -math.inf  # the clock when the planner last asked for victims
         self._copy_s = 0.0  # copies to or from the host that the next batch waits for
         self._shared: dict[tuple[str, str | None, str | None, int], Node] = {}
         self._events: list[tuple[float, int, SimProgram]] = []  # heap by decode step
@@ -411,6 +412,7 @@ class SimEngine:
     def preemptible(self) -> Sequence[Call]:
         best = self.table.queue.first()
         assert best is not None
+        self._considered_at = self.table.clock
         self._may_leave_at = math.inf
         for request in self._decoding:
             call = request.call
@@ -567,10 +569,7 @@ class SimEngine:
         """How many decode steps to take before anything else can happen."""
         until = self._next_event_at() - self._num_decodes
         if len(self.table.queue):
-            if self._scheduling.config.schedule_interval > 1:
-                return 1
-            if self._num_decodes < self._may_leave_at < math.inf:
-                until = min(until, math.ceil(self._may_leave_at - self._num_decodes - 1e-9))
+            until = min(until, self._steps_until_reconsidered())
         promotion = self.table.next_promotion_at - self.table.clock
         if promotion < until:
             until = float(math.ceil(promotion - 1e-9))
@@ -580,6 +579,17 @@ class SimEngine:
             arrival = device.decode_steps_until(len(self._decoding), self._context, wait_s)
             until = min(until, float(arrival))
         return int(max(1, until))
+
+    def _steps_until_reconsidered(self) -> float:
+        """Decode steps until the planner may see victims that it does not see in this pass."""
+        if self._considered_at != self.table.clock:
+            # It waits for its interval to pass or, if that has passed, for an event.
+            interval = self._scheduling.config.schedule_interval
+            wait = self._considered_at + interval - self.table.clock
+            return math.ceil(wait) if wait > 0 else math.inf
+        if self._num_decodes < self._may_leave_at < math.inf:
+            return math.ceil(self._may_leave_at - self._num_decodes - 1e-9)
+        return math.inf
 
     def _next_event_at(self) -> float:
         while self._events[0][0] != self._events[0][2].event_at:

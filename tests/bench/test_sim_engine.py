@@ -50,7 +50,7 @@ def run(name, programs, arrivals=None, *, device=UNIT, num_slots=1, kv_tokens=No
     """Simulate, and return (engine, finish times of each program's calls)."""
     if kv_tokens is not None:
         device = dataclasses.replace(device, kv_tokens=kv_tokens)
-    settings = {"min_run": 0.0, "prefill_weight": 1.0, **settings}
+    settings = {"min_run": 0.0, "schedule_interval": 1, "prefill_weight": 1.0, **settings}
     engine = SimEngine(device, scheduling(name, **settings), num_slots=num_slots)
     result = engine.run([blueprint(p) for p in programs], arrivals or [0.0] * len(programs))
     return engine, [[call.finish_s for call in program.calls] for program in result.programs]
@@ -214,12 +214,14 @@ class StepByStep(SimEngine):
         super()._decode(num_steps)
 
 
+@pytest.mark.parametrize("interval", [1, 7])
 @pytest.mark.parametrize("name", [n for n in KNOWN if n != "srpt"])
-def test_leaps_are_the_same_as_single_steps(name):
+def test_leaps_are_the_same_as_single_steps(name, interval):
     """Finish times, services, levels and preemptions do not depend on how steps are taken."""
     plans = small_mix()
     arrivals = [3.0 * i for i in range(len(plans))]
-    chosen = scheduling(name, prefill_weight=1 / 64, quantum=16.0, beta=2.0)
+    settings = {"prefill_weight": 1 / 64, "quantum": 16.0, "beta": 2.0}
+    chosen = scheduling(name, schedule_interval=interval, **settings)
     fast = SimEngine(SMALL, chosen, num_slots=4).run(plans, arrivals)
     slow = StepByStep(SMALL, chosen, num_slots=4).run(plans, arrivals)
 
