@@ -10,6 +10,9 @@
     svg.py        the little SVG that page needs
     testing.py    a fake engine, to try a benchmark without a model
     common.py     what every benchmark prints: progress, table, one JSON line
+    sim.py        the question "what would a policy do on a GPU that we do not have?"
+    sweep.py      the question "which settings are good, and who pays for them?"
+    sim_engine.py, sim_cache.py, sim_device.py   the engine it simulates, with the server's core
     serve.py      the question "what does a policy do to program latency on a live engine?"
 
 Nothing in the product imports this package.

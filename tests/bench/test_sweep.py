@@ -1,0 +1,70 @@
+"""The sweep: which choices it makes, how it applies them, and one small run to its JSON."""
+
+import json
+
+import pytest
+
+from autellix_sglang.config import ProgramConfig
+from autellix_sglang.errors import ConfigError
+from bench.sim_engine import Scheduling
+from bench.sweep import AXES, choices, main, num_levels, scheduling
+
+BASE = Scheduling(config=ProgramConfig(policy="plas", beta=5.0))
+
+
+def test_one_axis_is_varied_at_a_time():
+    """Two axes give the sum of their values, each choice naming a single setting."""
+    found = list(choices(["tie", "beta"], is_grid=False))
+
+    assert len(found) == len(AXES["tie"]) + len(AXES["beta"])
+    assert all(len(values) == 1 for values in found)
+
+
+def test_a_grid_is_every_combination():
+    """Two axes give the product of their values."""
+    found = list(choices(["tie", "beta"], is_grid=True))
+
+    assert len(found) == len(AXES["tie"]) * len(AXES["beta"])
+    assert {"tie": "call", "beta": 2.0} in found
+
+
+def test_what_is_not_varied_stays_as_it_was():
+    """A quantum of 64 changes the quantum and nothing else."""
+    assert scheduling(BASE, {"quantum": 64.0}).config == BASE.config.replace(quantum=64.0)
+
+
+def test_ties_and_units_become_policy_and_weight():
+    """`call` orders a level by the call's own arrival; `tokens` charges prefill like output."""
+    chosen = scheduling(BASE, {"tie": "call", "unit": "tokens"})
+
+    assert not chosen.policy.groups_programs
+    assert chosen.policy.is_shared
+    assert chosen.config.prefill_weight == 1.0
+
+
+def test_the_last_level_begins_where_it_is_put():
+    """From 32 steps in factors of 2, a last level from 2048 on is the eighth; never below two."""
+    default = ProgramConfig(quantum=32.0, factor=2.0)
+
+    assert [num_levels(default, last) for last in (8, 32, 2048, 4096)] == [2, 2, 8, 9]
+    assert scheduling(BASE, {"quantum": 512.0, "factor": 4.0, "last": 2048}).config.levels == 3
+
+
+def test_a_value_that_no_server_accepts_is_refused():
+    """The sweep goes through the product's own checks."""
+    with pytest.raises(ConfigError, match="--program-factor"):
+        scheduling(BASE, {"factor": 1.0})
+
+
+def test_the_command_prints_ratios_to_stock_order(capsys):
+    """Every choice has its ratios; with fcfs as the policy nothing matters and all are 1."""
+    command = "--axes tie unit --minutes 1 --slots 4 --loads 1.2 --workloads chat"
+    assert main([*command.split(), "--program-policy", "fcfs"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    assert [row["values"] for row in result["rows"]] == [
+        {"tie": "program"}, {"tie": "call"},
+        {"unit": "steps"}, {"unit": "tokens"}, {"unit": "outputs"},
+    ]  # fmt: skip
+    for row in result["rows"]:
+        assert all(ratio == pytest.approx(1.0) for ratio in row["ratios"]["chat"].values())
