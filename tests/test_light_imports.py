@@ -17,6 +17,7 @@ STANDARD_LIBRARY_ONLY = (
     "autellix_sglang.core.queue",
     "autellix_sglang.errors",
     "autellix_sglang.identity",
+    "autellix_sglang.router.balance",
 )
 WITHOUT_ENGINE = (
     "autellix_sglang.engine.plugin",
