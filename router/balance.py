@@ -66,6 +66,7 @@ class Place:
     num_tokens: int
     computed_tokens: int = 0  # the worker's counter when the program was last there
     num_live: int = 0  # the program's calls in it
+    used_s: float = 0.0  # when its last call went there
 
     def cached_tokens(self, worker: Worker) -> int:
         """How much of the prefix is likely still there, if the oldest is evicted first."""
@@ -226,12 +227,11 @@ class Programs:
                 counts[program.home] = counts.get(program.home, 0) + 1
         return counts
 
-    def sent(self, call: Call, choice: Choice, worker: Worker) -> None:
+    def sent(self, call: Call, choice: Choice, worker: Worker, now_s: float) -> None:
         """A call was sent to where `choice` says; its prefix will be cached there."""
         if call.program is not None:
-            place = self.get(call.program).places.get(worker.id)
-            num_live = 1 + (place.num_live if place else 0)
-            new = Place(worker.id, call.num_tokens, worker.computed_tokens, num_live)
+            num_live = self.get(call.program).num_live(worker.id) + 1
+            new = Place(worker.id, call.num_tokens, worker.computed_tokens, num_live, now_s)
             self._put(call.program, choice.home, new)
 
     def ended(self, key: str | None, worker: str) -> None:
@@ -242,14 +242,18 @@ class Programs:
             program = self._programs[key]
             self._programs[key] = Program(program.home, {**program.places, worker: left})
 
-    def learn(self, key: str, worker: Worker, num_tokens: int) -> None:
+    def learn(self, key: str, worker: Worker, num_tokens: int, used_s: float) -> None:
         """A worker says that it holds a program's prefix, from before or by another router.
 
-        The latest to say so is its home: a call elsewhere is how a home moves.
+        Where the program's latest call went is its home: a call elsewhere is how a home moves.
         """
-        place = self.get(key).places.get(worker.id)
-        num_live = place.num_live if place else 0
-        self._put(key, worker.id, Place(worker.id, num_tokens, worker.computed_tokens, num_live))
+        program = self.get(key)
+        home = program.places.get(program.home or "")
+        is_latest = home is None or home.used_s <= used_s
+        place = Place(
+            worker.id, num_tokens, worker.computed_tokens, program.num_live(worker.id), used_s
+        )
+        self._put(key, worker.id if is_latest else program.home, place)
 
     def forget_worker(self, worker: str) -> None:
         """A worker is gone, and with it every prefix that it held."""
@@ -276,4 +280,4 @@ class Programs:
 
 
 def _latest(places: Mapping[str, Place]) -> str | None:
-    return next(reversed(list(places)), None)
+    return max(places, key=lambda name: places[name].used_s, default=None)

@@ -151,13 +151,13 @@ def test_evicted_prefix_does_not_hold_a_program():
 def test_fan_out_spreads_before_it_fills_its_home():
     """A hundred calls of one program are shared out over the fleet, none of it drowned."""
     table, workers = Programs(), fleet(0, 0, 0, 0, num_slots=32, prefill_tokens_per_s=1e5)
-    table.learn("p", workers[0], 4000)
+    table.learn("p", workers[0], 4000, 0.0)
     sent: Counter[str] = Counter()
     for turn in range(100):
         call = Call(program="p", num_tokens=4000, turn=turn)
         loads = [dataclasses.replace(w, num_live=sent[w.id]) for w in workers]
         choice = autellix(call, table.get("p"), loads)
-        table.sent(call, choice, next(w for w in loads if w.id == choice.worker))
+        table.sent(call, choice, next(w for w in loads if w.id == choice.worker), 1.0)
         sent[choice.worker] += 1
     assert sent["w0"] >= 16
     assert max(sent.values()) <= 32
@@ -215,7 +215,7 @@ def test_round_robin_takes_turns():
 
 def send(table: Programs, key: str, worker: Worker) -> None:
     call = Call(program=key, num_tokens=500)
-    table.sent(call, round_robin(call, table.get(key), [worker]), worker)
+    table.sent(call, round_robin(call, table.get(key), [worker]), worker, now_s=1.0)
 
 
 def test_live_calls_of_a_program_are_counted_per_place():
@@ -232,28 +232,38 @@ def test_live_calls_of_a_program_are_counted_per_place():
 def test_lost_worker_hands_its_programs_to_their_latest_other_place():
     """A program re-homes to where else its prefix is, or has no home."""
     table, (w0, w1) = Programs(), fleet(0, 0)
-    table.learn("both", w1, 100)
-    table.learn("both", w0, 100)
-    table.learn("one", w0, 100)
+    table.learn("both", w1, 100, used_s=1.0)
+    table.learn("both", w0, 100, used_s=2.0)
+    table.learn("one", w0, 100, used_s=1.0)
     table.forget_worker("w0")
     assert (table.get("both").home, table.get("one").home) == ("w1", None)
     assert table.num_homed() == {"w1": 1}
+
+
+def test_workers_tell_a_new_router_where_a_program_was_last():
+    """In whatever order workers say what they hold, the latest visit is the home."""
+    w0, w1 = fleet(0, 0)
+    for order in ((w0, w1), (w1, w0)):
+        table = Programs()
+        for worker in order:
+            table.learn("p", worker, 100, used_s={"w0": 5.0, "w1": 3.0}[worker.id])
+        assert (table.get("p").home, len(table.get("p").places)) == ("w0", 2)
 
 
 def test_table_is_bounded():
     """The longest unused program is forgotten first, the oldest place of a program too."""
     table, workers = Programs(capacity=2), fleet(*range(MAX_PLACES + 2))
     for key in ("a", "b", "a", "c"):
-        table.learn(key, workers[0], 1)
+        table.learn(key, workers[0], 1, 0.0)
     assert (len(table), table.get("b"), table.get("a").home) == (2, Program(), "w0")
     for worker in workers:
-        table.learn("a", worker, 1)
+        table.learn("a", worker, 1, 0.0)
     assert list(table.get("a").places) == [w.id for w in workers[-MAX_PLACES:]]
 
 
 def test_ended_program_is_forgotten():
     """What was known of it is returned once."""
     table, (worker,) = Programs(), fleet(0)
-    table.learn("p", worker, 7)
+    table.learn("p", worker, 7, 0.0)
     assert table.forget("p").home == "w0"
     assert (table.get("p"), len(table)) == (Program(), 0)
