@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from autellix_sglang.errors import AutellixError
-from autellix_sglang.router.config import (
-    RouterConfig,
-    add_arguments,
-    check_endpoint,
-    from_arguments,
-)
+from autellix_sglang.router.config import add_arguments, check_endpoint, from_arguments
+
+if TYPE_CHECKING:
+    from autellix_sglang.router.app import Service
+    from autellix_sglang.router.hub import Hub
 
 LOG_FORMAT = "[%(asctime)s] %(message)s"  # SGLang's
 
@@ -36,23 +37,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             make_keys(namespace.make_keys)
             return 0
-        return serve(from_arguments(namespace))
+        config = from_arguments(namespace)
+        is_safe = bool(config.keys) or config.insecure
+        check_endpoint("--endpoint", config.endpoint, is_safe=is_safe)
+
+        from autellix_sglang.router.hub import Hub
+
+        return serve(Hub(config))
     except AutellixError as error:
         print(f"autellix_sglang: error: {error}", file=sys.stderr, flush=True)
         return 2
 
 
-def serve(config: RouterConfig) -> int:
-    """Run the router until a signal stops it; calls that run get `config.stop_s` to end."""
-    check_endpoint("--endpoint", config.endpoint, is_safe=bool(config.keys) or config.insecure)
+def serve(hub: Hub, fleet: Service | None = None) -> int:
+    """Run the router until a signal stops it; calls that run get `stop_s` seconds to end."""
     import uvicorn
 
     from autellix_sglang.router.app import RouterApp
-    from autellix_sglang.router.hub import Hub
 
+    config = hub.config
     server = uvicorn.Server(
         uvicorn.Config(
-            RouterApp(Hub(config)),
+            RouterApp(hub, fleet),
             host=config.host,
             port=config.port,
             access_log=False,
@@ -65,7 +71,12 @@ def serve(config: RouterConfig) -> int:
         "routing http://%s:%d to workers that dial %s, policy %s",
         config.host, config.port, config.endpoint, config.policy,
     )  # fmt: skip
-    server.run()
+    # uvicorn stops in good order and then raises the signal again, for whoever listens: nobody.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        server.run()
+    except KeyboardInterrupt:  # uvicorn has stopped by then
+        return 128 + signal.SIGINT
     return 0 if server.started else 2
 
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from hashlib import blake2b
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
@@ -69,11 +69,25 @@ class _Disconnected(Exception):
     """The client is gone."""
 
 
-class RouterApp:
-    """The app; its lifespan starts and stops the hub."""
+class Service(Protocol):
+    """What lives as long as the app: the hub, and a fleet where there is one."""
 
-    def __init__(self, hub: Hub, new_id: Callable[[], str] = lambda: uuid.uuid4().hex) -> None:
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+class RouterApp:
+    """The app; its lifespan starts the hub and then `fleet`, and stops them in reverse."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        fleet: Service | None = None,
+        new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+    ) -> None:
         self.hub = hub
+        self._services: list[Service] = [hub] if fleet is None else [hub, fleet]
         self._new_id = new_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,13 +103,15 @@ class RouterApp:
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
         try:
-            await self.hub.start()
+            for service in self._services:
+                await service.start()
         except Exception as error:
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
         await send({"type": "lifespan.startup.complete"})
         await receive()
-        await self.hub.stop()
+        for service in reversed(self._services):
+            await service.stop()
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:

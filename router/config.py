@@ -22,7 +22,7 @@ def _setting(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
-    """Settings of the router; field `X_y` is the flag `--X-y`."""
+    """Settings of the router; field `x_y` is the flag `--x-y`."""
 
     host: str = _setting("127.0.0.1", "address that clients connect to")
     port: int = _setting(30000, "port that clients connect to")
@@ -133,6 +133,19 @@ def worker_from_arguments(namespace: argparse.Namespace) -> WorkerConfig | None:
     for endpoint in config.endpoints:
         check_endpoint("--router-endpoint", endpoint, is_safe=bool(config.keys) or config.insecure)
     return config
+
+
+def add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that start several replicas behind a router."""
+    group = parser.add_argument_group("several replicas")
+    group.add_argument(
+        "--replicas", type=int, default=0, metavar="N",
+        help="start N replicas on this machine behind a router (default: one, without a router)",
+    )  # fmt: skip
+    group.add_argument(
+        "--router-policy", choices=tuple(POLICIES), default=RouterConfig().policy,
+        help="which replica a call runs on (default: %(default)s)",
+    )  # fmt: skip
 
 
 def check_endpoint(flag: str, endpoint: str, *, is_safe: bool) -> None:
