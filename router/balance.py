@@ -1,11 +1,14 @@
 """Where a call runs: placement as a pure function of (call, program, worker loads).
 
-    cost(worker) = queueing delay(worker) + uncached tokens(call, worker) / prefill rate(worker)
+    cost(worker) = queueing delay(worker)
+                   + uncached tokens(call, worker) / prefill rate(worker) * (1 + calls running)
 
-`autellix` takes the cheapest worker. A program's prefix is cached at its `places`, so its home wins
-until its queue costs more than recomputing the prefix elsewhere; then the call spills, and the home
-moves with it. A program without a home gets one by rendezvous hashing among the least loaded:
-routers that see about the same loads choose alike, without talking to each other.
+`autellix` takes the cheapest worker. Prefill holds up everybody in the batch, hence the factor:
+without it, calls that spill under overload recompute prefixes and make the overload worse. A
+program's prefix is cached at its `places`, so its home wins until its queue costs more than
+recomputing the prefix elsewhere; then the call spills, and the home moves with it. A program
+without a home gets one by rendezvous hashing among the least loaded: routers that see about the
+same loads choose alike, without talking to each other.
 
 Standard library only; no clock, no randomness, no I/O. What a policy knows of the outside are its
 arguments, and what it decides is a value, a `Choice`.
@@ -105,7 +108,7 @@ Policy = Callable[[Call, Program, Sequence[Worker]], Choice]
 
 
 def autellix(call: Call, program: Program, workers: Sequence[Worker]) -> Choice:
-    """The worker that would give the first token soonest; a new program by `new_home`."""
+    """The worker where the call costs least; a new program by `new_home`."""
     home = _find(program.home, workers)
     if call.program is not None and not any(w.id in program.places for w in workers):
         chosen = new_home(call.program, workers)
@@ -119,11 +122,13 @@ def autellix(call: Call, program: Program, workers: Sequence[Worker]) -> Choice:
 
 
 def cost_s(call: Call, program: Program, worker: Worker) -> float:
-    """Seconds until the first token, plus what a wide fan-out takes away from others."""
+    """Seconds that this call costs here: its wait, and the work that holds up it and others."""
     recompute_s = program.uncached_tokens(call, worker) / worker.prefill_tokens_per_s
+    num_held_up = min(worker.num_live, worker.num_slots)
     own = program.num_live(worker.id) + 1
     too_many = max(0.0, own - max(1.0, FAN_OUT_SHARE * worker.num_slots))
-    return worker.delay_s + recompute_s + too_many / worker.num_slots * worker.call_s
+    crowding_s = too_many / worker.num_slots * worker.call_s
+    return worker.delay_s + recompute_s * (1 + num_held_up) + crowding_s
 
 
 def new_home(program: str, workers: Sequence[Worker]) -> Worker:

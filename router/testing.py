@@ -122,7 +122,7 @@ class StepEngine:
     def _admit(self, job: Job) -> None:
         """Start a call; its whole blocks count as cached from now on, as in a radix tree."""
         is_prefix = True
-        for key in _block_keys(job.prompt):
+        for key in block_keys(job.prompt):
             is_prefix = is_prefix and key in self._blocks
             job.num_cached += BLOCK_TOKENS * is_prefix
             self._blocks[key] = None
@@ -135,7 +135,7 @@ class StepEngine:
         self.running[job] = None
 
 
-def _block_keys(prompt: Sequence[int]) -> list[int]:
+def block_keys(prompt: Sequence[int]) -> list[int]:
     """One key per whole block, which names the block and everything before it."""
     keys, last = [], 0
     for start in range(0, len(prompt) - BLOCK_TOKENS + 1, BLOCK_TOKENS):

@@ -64,7 +64,7 @@ logger = logging.getLogger(__name__)
 MAX_PROGRAMS: Final = 10_000  # whose home a restarted router is told
 JOIN_S: Final = 1.0  # between attempts to register
 REFUSED_S: Final = 30.0  # and after a refusal, which somebody has to see to
-SMOOTHING: Final = 0.1  # weight of the latest call in the mean time per call
+SMOOTHING: Final = 0.02  # weight of the latest call in the mean time per call
 ASGI: Final = {"version": "3.0", "spec_version": "2.3"}  # uvicorn's
 
 Probe = Callable[[], Awaitable[Report]]

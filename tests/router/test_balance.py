@@ -106,20 +106,20 @@ def test_a_worker_that_leaves_moves_only_its_own_programs(workers, key):
 
 
 def test_program_stays_where_its_prefix_is():
-    """A busier home is chosen as long as it has a free slot."""
-    choice = autellix(LONG, at("w1"), fleet(0, 3, 0))
+    """A busier home is chosen as long as what is missing there costs less than elsewhere."""
+    choice = autellix(LONG, at("w1", 3900), fleet(0, 3, 0))
     assert (choice.worker, choice.home, choice.is_spill) == ("w1", "w1", False)
-    assert choice.uncached_tokens == 3000
+    assert choice.uncached_tokens == 100
 
 
 def test_program_spills_when_the_queue_costs_more_than_the_prefix():
-    """With 1 s to recompute the prefix and 0.5 s per call ahead, the third one ahead is too many.
+    """Elsewhere 4 s of prefill; here 0.1 s that holds up four others, and 0.5 s per call ahead.
 
-    The home moves along.
+    The eighth call ahead is too many, and the home moves along.
     """
-    homes = {n: autellix(LONG, at("w0"), fleet(n, 0)).home for n in range(8)}
-    assert homes == {0: "w0", 1: "w0", 2: "w0", 3: "w0", 4: "w0", 5: "w0", 6: "w1", 7: "w1"}
-    assert autellix(LONG, at("w0"), fleet(7, 0)).is_spill
+    homes = {n: autellix(LONG, at("w0", 3900), fleet(n, 0)).home for n in range(14)}
+    assert homes == {n: "w0" if n < 11 else "w1" for n in range(14)}
+    assert autellix(LONG, at("w0", 3900), fleet(11, 0)).is_spill
 
 
 def test_longer_prefix_holds_a_program_longer():
@@ -129,11 +129,17 @@ def test_longer_prefix_holds_a_program_longer():
     assert autellix(LONG, at("w0", 3900), workers).worker == "w0"
 
 
+def test_recomputing_where_many_decode_costs_more():
+    """Of two free workers the one with fewer calls in its batch computes a missing prefix."""
+    program = Program("gone", {"w0": Place("w0", 500), "w1": Place("w1", 500)})
+    assert autellix(LONG, program, fleet(3, 1)).worker == "w1"
+
+
 def test_prompts_sent_and_not_answered_count_as_delay():
     """Prompt tokens on their way to a worker delay the next call before any report says so."""
     busy, idle = fleet(1, 0)
     busy = dataclasses.replace(busy, pending_tokens=5000)
-    assert autellix(LONG, at("w0"), [busy, idle]).worker == "w1"
+    assert autellix(LONG, at("w0", 3900), [busy, idle]).worker == "w1"
 
 
 def test_short_anonymous_call_goes_to_the_least_loaded():
