@@ -14,7 +14,15 @@ from functools import partial
 from itertools import count
 from typing import Any, Final
 
-from autellix_sglang.router.balance import POLICIES, Call, Choice, Program, Programs, Worker
+from autellix_sglang.router.balance import (
+    BEGINNING_BYTES,
+    POLICIES,
+    Call,
+    Choice,
+    Program,
+    Programs,
+    Worker,
+)
 from autellix_sglang.router.testing import Job, StepEngine, Timing, block_keys
 from bench.prompts import ProgramPrompts
 from bench.stats import distribution
@@ -151,7 +159,12 @@ class Simulation:
 
     def _issue(self, walk: _Walk, call: TraceCall) -> None:
         prompt = walk.prompts.prompt(call)
-        asked = Call(program=walk.key, num_tokens=len(prompt), turn=next(self._turns))
+        asked = Call(
+            program=walk.key,
+            num_tokens=len(prompt),
+            turn=next(self._turns),
+            beginnings=_beginnings(prompt),
+        )
         loads = [replica.load() for replica in self._replicas.values()]
         choice = self._place(asked, prompt, loads)
         replica = self._replicas[choice.worker]
@@ -166,7 +179,7 @@ class Simulation:
     def _place(self, call: Call, prompt: Sequence[int], loads: Sequence[Worker]) -> Choice:
         if self.policy == CACHE_AWARE:
             return Choice(worker=self._peer.place(prompt, loads), uncached_tokens=1)
-        program: Program = self._table.get(call.program)
+        program: Program = self._table.view(call)
         return POLICIES[self.policy](call, program, loads)
 
     def _step(self, replica: _Replica) -> None:
@@ -212,6 +225,12 @@ class Simulation:
             "balance": max(calls) * len(calls) / max(1, sum(calls)),
             "makespan_s": self._now_s,
         }
+
+
+def _beginnings(prompt: Sequence[int]) -> tuple[tuple[str, int], ...]:
+    """As the router's: names of the prompt's first parts, four bytes to a token."""
+    cuts = [num_bytes // 4 for num_bytes in BEGINNING_BYTES if num_bytes // 4 <= len(prompt)]
+    return tuple((str(hash(tuple(prompt[:cut]))), cut) for cut in cuts)
 
 
 def service_s(program: TraceProgram, timing: Timing) -> float:

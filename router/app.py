@@ -31,6 +31,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from autellix_sglang.errors import IdentityError
 from autellix_sglang.identity import PROGRAM_HEADER, TENANT_HEADER, HeaderIdentity
+from autellix_sglang.router.balance import BEGINNING_BYTES
 from autellix_sglang.router.everywhere import EVERYWHERE, JSON, Merge, Reply, best
 from autellix_sglang.router.hub import Answer, Hub, NoWorkerError, Request, RouterError
 from autellix_sglang.router.messages import Headers
@@ -237,6 +238,7 @@ class RouterApp:
             client=tuple(scope["client"]) if scope.get("client") else None,
             program=None if program_id is None else _key(program_id, found),
             num_tokens=_num_tokens(found, body) if is_inference or path == PROGRAMS_PATH else 0,
+            beginnings=_beginnings(body) if is_inference else (),
             worker=found[WORKER_HEADER].decode("latin-1") if WORKER_HEADER in found else None,
             can_retry=is_inference or method != "POST",
             timeout_s=_seconds(found.get(TIMEOUT_HEADER)),
@@ -372,6 +374,18 @@ def _num_tokens(headers: Mapping[bytes, bytes], body: bytes) -> int:
     if given.isdigit() and len(given) < 10:
         return max(1, int(given))
     return max(1, len(body) // BYTES_PER_TOKEN)
+
+
+def _beginnings(body: bytes) -> tuple[tuple[str, int], ...]:
+    """Names of the body's first parts, alike for the same tools and instructions."""
+    named, start, digest = [], 0, blake2b(digest_size=12)
+    for end in BEGINNING_BYTES:
+        if end > len(body):
+            break
+        digest.update(body[start:end])
+        named.append((digest.hexdigest(), end // BYTES_PER_TOKEN))
+        start = end
+    return tuple(named)
 
 
 def _seconds(value: bytes | None) -> float | None:

@@ -6,9 +6,10 @@
 `autellix` takes the cheapest worker. Prefill holds up everybody in the batch, hence the factor:
 without it, calls that spill under overload recompute prefixes and make the overload worse. A
 program's prefix is cached at its `places`, so its home wins until its queue costs more than
-recomputing the prefix elsewhere; then the call spills, and the home moves with it. A program
-without a home gets one by rendezvous hashing among the least loaded: routers that see about the
-same loads choose alike, without talking to each other.
+recomputing the prefix elsewhere; then the call spills, and the home moves with it. Programs whose
+prompts begin alike (the same tools, the same instructions) count each other's prefix as cached. A
+program about which nothing is known gets a home by rendezvous hashing among the least loaded:
+routers that see about the same loads choose alike, without talking to each other.
 
 Standard library only; no clock, no randomness, no I/O. What a policy knows of the outside are its
 arguments, and what it decides is a value, a `Choice`.
@@ -25,6 +26,7 @@ from typing import Final
 
 STICKY_TOKENS: Final = 2048  # the paper's Algorithm 2: shorter inputs are not pinned
 MAX_PLACES: Final = 8  # per program: where its prefix may be cached
+BEGINNING_BYTES: Final = (1024, 4096, 16_384)  # of a request, that programs may have in common
 NEAR_SHARE: Final = 0.1  # of a worker's slots: loads that differ by less count as equal
 FAN_OUT_SHARE: Final = 0.5  # of a worker's slots that one program takes free of charge
 
@@ -36,6 +38,7 @@ class Call:
     program: str | None = None  # None: a program of its own
     num_tokens: int = 1
     turn: int = 0
+    beginnings: tuple[tuple[str, int], ...] = ()  # (name, tokens) of its prompt's first parts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,11 +86,13 @@ class Program:
 
     home: str | None = None
     places: Mapping[str, Place] = dataclasses.field(default_factory=dict)
+    shared: Mapping[str, Place] = dataclasses.field(default_factory=dict)  # by other programs
 
     def uncached_tokens(self, call: Call, worker: Worker) -> int:
         """Prompt tokens that this worker would have to compute; at least one."""
-        place = self.places.get(worker.id)
-        return max(1, call.num_tokens - (place.cached_tokens(worker) if place else 0))
+        found = (self.places.get(worker.id), self.shared.get(worker.id))
+        cached = max((place.cached_tokens(worker) for place in found if place), default=0)
+        return max(1, call.num_tokens - cached)
 
     def num_live(self, worker: str) -> int:
         place = self.places.get(worker)
@@ -110,7 +115,8 @@ Policy = Callable[[Call, Program, Sequence[Worker]], Choice]
 def autellix(call: Call, program: Program, workers: Sequence[Worker]) -> Choice:
     """The worker where the call costs least; a new program by `new_home`."""
     home = _find(program.home, workers)
-    if call.program is not None and not any(w.id in program.places for w in workers):
+    is_known = any(w.id in program.places or w.id in program.shared for w in workers)
+    if call.program is not None and not is_known:
         chosen = new_home(call.program, workers)
         return _choose(call, program, workers, chosen, moves_home=True)
     costs = {worker.id: cost_s(call, program, worker) for worker in workers}
@@ -216,6 +222,7 @@ class Programs:
     def __init__(self, capacity: int = 100_000) -> None:
         self._capacity = capacity
         self._programs: OrderedDict[str, Program] = OrderedDict()
+        self._beginnings: OrderedDict[str, dict[str, Place]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -223,6 +230,15 @@ class Programs:
     def get(self, key: str | None) -> Program:
         """What is known of a program; nothing for one never seen."""
         return (self._programs.get(key) if key is not None else None) or Program()
+
+    def view(self, call: Call) -> Program:
+        """What a policy is given: the call's program, and who else began as its prompt does."""
+        program = self.get(call.program)
+        shared: dict[str, Place] = {}
+        for name, num_tokens in call.beginnings:  # the longest is last and wins
+            for worker, place in self._beginnings.get(name, {}).items():
+                shared[worker] = dataclasses.replace(place, num_tokens=num_tokens)
+        return dataclasses.replace(program, shared=shared) if shared else program
 
     def num_homed(self) -> dict[str, int]:
         """How many programs call each worker their home."""
@@ -238,6 +254,12 @@ class Programs:
             num_live = self.get(call.program).num_live(worker.id) + 1
             new = Place(worker.id, call.num_tokens, worker.computed_tokens, num_live, now_s)
             self._put(call.program, choice.home, new)
+        for name, num_tokens in call.beginnings:
+            places = self._beginnings.setdefault(name, {})
+            places[worker.id] = Place(worker.id, num_tokens, worker.computed_tokens)
+            self._beginnings.move_to_end(name)
+        while len(self._beginnings) > self._capacity:
+            self._beginnings.popitem(last=False)
 
     def ended(self, key: str | None, worker: str) -> None:
         """One of the program's calls in this worker is over."""
@@ -262,6 +284,8 @@ class Programs:
 
     def forget_worker(self, worker: str) -> None:
         """A worker is gone, and with it every prefix that it held."""
+        for held in self._beginnings.values():
+            held.pop(worker, None)
         for key, program in list(self._programs.items()):
             if worker in program.places or program.home == worker:
                 places = {name: p for name, p in program.places.items() if name != worker}

@@ -114,6 +114,7 @@ class Request:
     client: tuple[str, int] | None = None
     program: str | None = None
     num_tokens: int = 0  # of its prompt; 0: no inference
+    beginnings: tuple[tuple[str, int], ...] = ()  # see `balance.Call`
     worker: str | None = None  # the only one that will do
     can_retry: bool = True
     timeout_s: float | None = None
@@ -363,7 +364,10 @@ class Hub:
         """A worker for the call, waiting a while for one; raises `NoWorkerError`."""
         wait_until_s = min(deadline_s, self.clock() + self.config.worker_wait_s)
         call = balance.Call(
-            program=request.program, num_tokens=max(1, request.num_tokens), turn=next(self._turns)
+            program=request.program,
+            num_tokens=max(1, request.num_tokens),
+            turn=next(self._turns),
+            beginnings=request.beginnings,
         )
         while True:
             able = [w for w in self.workers.values() if w.can_take]
@@ -372,7 +376,7 @@ class Hub:
             fresh = [worker for worker in able if worker.id not in tried] or able
             if fresh:
                 loads = [worker.load() for worker in fresh]
-                choice = self._place(call, self.programs.get(request.program), loads)
+                choice = self._place(call, self.programs.view(call), loads)
                 self.num_spills += choice.is_spill
                 return self.workers[choice.worker], choice, call
             self._has_changed.clear()

@@ -11,7 +11,7 @@ pytest.importorskip("zmq")
 
 from autellix_sglang.errors import ConfigError
 from autellix_sglang.router import everywhere
-from autellix_sglang.router.app import _num_tokens, _program_id
+from autellix_sglang.router.app import _beginnings, _num_tokens, _program_id
 from autellix_sglang.router.config import (
     RouterConfig,
     WorkerConfig,
@@ -108,6 +108,15 @@ def test_length_is_the_callers_or_from_the_body():
     assert _num_tokens({b"x-prompt-tokens": b"77"}, body) == 77
     assert _num_tokens({b"x-prompt-tokens": b"many"}, body) == 1000
     assert _num_tokens({}, b"") == 1
+
+
+def test_requests_that_begin_alike_share_names():
+    """Names are of the first 1, 4 and 16 KiB, as far as the body goes, and of all before."""
+    one, other = _beginnings(b"a" * 5000 + b"b"), _beginnings(b"a" * 4096 + b"c" * 20_000)
+    assert [tokens for _, tokens in other] == [256, 1024, 4096]
+    assert one == other[:2]
+    assert _beginnings(b"b" * 4096)[1] != other[1]
+    assert _beginnings(b"short") == ()
 
 
 # -- everywhere ----------------------------------------------------------------------------------

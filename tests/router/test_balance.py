@@ -256,6 +256,21 @@ def test_workers_tell_a_new_router_where_a_program_was_last():
         assert (table.get("p").home, len(table.get("p").places)) == ("w0", 2)
 
 
+def test_programs_that_begin_alike_meet():
+    """A new program goes where another has computed what its prompt begins with, if it is free."""
+    table, workers = Programs(), fleet(0, 0, 0)
+    begun = {"num_tokens": 4000, "beginnings": (("tools", 1000), ("tools and rules", 3500))}
+    first = Call(program="p", **begun)
+    table.sent(first, round_robin(first, Program(), workers[2:]), workers[2], now_s=1.0)
+    second = Call(program="q", **begun)
+    choice = autellix(second, table.view(second), workers)
+    assert (choice.worker, choice.uncached_tokens) == ("w2", 500)
+    busy = [*workers[:2], dataclasses.replace(workers[2], num_live=20)]
+    assert autellix(second, table.view(second), busy).worker != "w2"
+    table.forget_worker("w2")
+    assert table.view(second).shared == {}
+
+
 def test_table_is_bounded():
     """The longest unused program is forgotten first, the oldest place of a program too."""
     table, workers = Programs(capacity=2), fleet(*range(MAX_PLACES + 2))
