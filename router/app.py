@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import ipaddress
 import json
 import logging
 import math
+import secrets
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -137,12 +139,23 @@ class RouterApp:
                 await _send_json(send, status, {"ready_workers": num_ready})
             case "GET" | "HEAD", ["workers"]:
                 await _send_json(send, HTTPStatus.OK, self._overview())
+            case "POST", ["workers", _, "drain" | "undrain"] if not self._is_admin(scope):
+                await _send_error(send, "", HTTPStatus.FORBIDDEN, "this needs the admin key")
             case "POST", ["workers", name, "drain" | "undrain" as verb]:
                 is_known = self.hub.drain(name, is_draining=verb == "drain")
                 status = HTTPStatus.OK if is_known else HTTPStatus.NOT_FOUND
                 await _send_json(send, status, {"id": name, "known": is_known})
             case _:
                 await _send_json(send, HTTPStatus.NOT_FOUND, {"detail": "Not Found"})
+
+    def _is_admin(self, scope: Scope) -> bool:
+        """Who has the admin key; without one, who is on this machine."""
+        key = self.hub.config.admin_key
+        if not key:
+            client = scope.get("client")
+            return client is not None and _is_loopback(client[0])
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return secrets.compare_digest(given, f"Bearer {key}".encode())
 
     def _overview(self) -> dict[str, Any]:
         hub = self.hub
@@ -386,6 +399,13 @@ def _beginnings(body: bytes) -> tuple[tuple[str, int], ...]:
         named.append((digest.hexdigest(), end // BYTES_PER_TOKEN))
         start = end
     return tuple(named)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _seconds(value: bytes | None) -> float | None:

@@ -31,6 +31,9 @@ class RouterConfig:
     )
     policy: str = _setting("autellix", "placement of calls: " + ", ".join(POLICIES))
     keys: str = _setting("", "directory with CURVE keys; needed off the loopback")
+    admin_key: str = _setting(
+        "", "bearer token that POST /workers/... needs; without one only this machine may"
+    )
     insecure: bool = _setting(False, "accept plain tcp:// off the loopback")
     heartbeat_s: float = _setting(0.5, "seconds between heartbeats")
     timeout_s: float = _setting(5.0, "seconds of silence after which a worker counts as lost")

@@ -257,6 +257,7 @@ def serve(namespace: argparse.Namespace, sglang_argv: Sequence[str], argv: Seque
             port=_number(sglang_argv, ("--port",), RouterConfig().port),
             endpoint=f"ipc://{directory}/router.sock",
             policy=namespace.router_policy,
+            admin_key=_value(sglang_argv, ("--admin-api-key",)) or "",
         )
         commands = replica_commands(namespace, sglang_argv, argv, config.endpoint)
         return _run(config, commands)

@@ -11,7 +11,7 @@ pytest.importorskip("zmq")
 
 from autellix_sglang.errors import ConfigError
 from autellix_sglang.router import everywhere
-from autellix_sglang.router.app import _beginnings, _num_tokens, _program_id
+from autellix_sglang.router.app import RouterApp, _beginnings, _num_tokens, _program_id
 from autellix_sglang.router.config import (
     RouterConfig,
     WorkerConfig,
@@ -20,6 +20,7 @@ from autellix_sglang.router.config import (
     from_arguments,
 )
 from autellix_sglang.router.everywhere import Reply
+from autellix_sglang.router.hub import Hub
 
 # -- own routes ----------------------------------------------------------------------------------
 
@@ -44,6 +45,20 @@ async def test_unknown_worker_or_verb_is_404(rig, path):
     """The router does not pass on what looks like one of its own routes."""
     client = await rig.route()
     assert (await client.post(path)).status_code == 404
+
+
+async def test_draining_needs_the_admin_key(rig):
+    """With a key only its holder drains; without one only this machine does."""
+    client = await rig.route(admin_key="k")
+    await rig.join("a")
+    assert (await client.post("/workers/a/drain")).status_code == 403
+    wrong = {"authorization": "Bearer j"}
+    assert (await client.post("/workers/a/drain", headers=wrong)).status_code == 403
+    right = {"authorization": "Bearer k"}
+    assert (await client.post("/workers/a/drain", headers=right)).status_code == 200
+    far = RouterApp(Hub(RouterConfig()))
+    assert not far._is_admin({"client": ("10.0.0.1", 5), "headers": []})
+    assert far._is_admin({"client": ("::1", 5), "headers": []})
 
 
 # -- programs ------------------------------------------------------------------------------------
