@@ -34,7 +34,13 @@ from bench.trace import TraceProgram
 
 POLICIES = ("mlfq", "plas", "atlas")
 # A small quantum and no protection after a start: as many preemptions as there can be.
-SETTINGS = {"quantum": 4.0, "levels": 8, "min_run": 0.0, "beta": 2.0}
+SETTINGS = {
+    "quantum": 4.0,
+    "levels": 8,
+    "min_run": 0.0,
+    "beta": 2.0,
+    "schedule_interval": 1,
+}
 IDLE_TIMEOUT_S = 30.0
 EMPTY = ("programs", "live_calls", "waiting_calls", "running_calls")
 

@@ -44,7 +44,7 @@ class FullEngine:
     prefill_tokens = 16_384
 
     def __init__(self, policy: str, num_waiting: int, num_running: int) -> None:
-        config = ProgramConfig(policy=policy, min_run=0)
+        config = ProgramConfig(policy=policy, min_run=0, schedule_interval=1)
         rng = random.Random(SEED)
         self.table = table_from(config)
         self.planner = Planner(self.table, config.min_run, config.schedule_interval)

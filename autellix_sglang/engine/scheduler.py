@@ -262,6 +262,8 @@ class _ProgramOutputStreamer(SchedulerOutputStreamer):  # type: ignore[misc]
     has_additional_customized_info = True
 
     def build_additional_customized_info(self, reqs: Iterable[Any]) -> dict[str, list[Any]]:
+        if not any(req.finished() for req in reqs):
+            return {}  # most steps: nothing to pickle and send
         return {"program": [[_summary(req)] if req.finished() else [] for req in reqs]}
 
     def is_request_level_customized_info_key(self, key: str) -> bool:

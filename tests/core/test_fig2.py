@@ -14,7 +14,9 @@ DECODE_STEPS = {"A": (4, 3, 1, 1), "B": (3, 3, 4), "C": (1, 2), "D": (4,)}
 
 def total_waiting(**settings: Any) -> float:
     """Units that calls wait in the queue when every program starts at once."""
-    engine = FakeEngine(ProgramConfig(beta=0, min_run=0, **settings), num_slots=2)
+    engine = FakeEngine(
+        ProgramConfig(beta=0, min_run=0, schedule_interval=1, **settings), num_slots=2
+    )
     for program, outputs in DECODE_STEPS.items():
         for i, num_output in enumerate(outputs):
             parents = (f"{program}{i - 1}",) if i else ()

@@ -18,7 +18,8 @@ TTL_S = 2.0
 # A small batch, a small KV pool and short quanta: every mechanism is at work.
 FLAGS = [
     "--max-running-requests", "4", "--max-total-tokens", "3000", "--program-quantum", "8",
-    "--program-min-run", "2", "--program-beta", "4", "--program-ttl", str(TTL_S),
+    "--program-min-run", "2", "--program-schedule-interval", "1", "--program-beta", "4",
+    "--program-ttl", str(TTL_S),
     "--program-prefill-weight", "0.02", "--context-length", "2048",
 ]  # fmt: skip
 EMPTY = ("programs", "live_calls", "waiting_calls", "running_calls")
