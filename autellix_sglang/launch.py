@@ -23,6 +23,12 @@ from autellix_sglang.config import ENV_VAR, ProgramConfig, add_arguments, from_a
 from autellix_sglang.engine.support import check_supported
 from autellix_sglang.errors import AutellixError, ConfigError
 from autellix_sglang.patches import torchvision_ops
+from autellix_sglang.router.config import (
+    WORKER_ENV_VAR,
+    add_fleet_arguments,
+    add_worker_arguments,
+    worker_from_arguments,
+)
 
 logger = logging.getLogger("autellix_sglang")
 
@@ -38,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         namespace, sglang_argv = parse(sys.argv[1:] if argv is None else argv)
         if namespace.help_sglang:
             return _print_sglang_help()
+        if namespace.replicas:
+            return serve_replicas(namespace, sglang_argv, sys.argv[1:] if argv is None else argv)
+        worker = worker_from_arguments(namespace)
+        if worker is not None:
+            os.environ[WORKER_ENV_VAR] = worker.to_json()
         return serve(from_arguments(namespace), sglang_argv)
     except AutellixError as error:
         return _report(error)
@@ -58,6 +69,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--help-sglang", action="store_true", help="show SGLang's flags and exit")
     parser.add_argument("--version", action="version", version=_versions())
     add_arguments(parser)
+    add_fleet_arguments(parser)
+    add_worker_arguments(parser)
     return parser.parse_known_args(argv)
 
 
@@ -82,6 +95,18 @@ def serve(config: ProgramConfig, sglang_argv: list[str]) -> int:
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
     return 0
+
+
+def serve_replicas(
+    namespace: argparse.Namespace, sglang_argv: list[str], argv: Sequence[str]
+) -> int:
+    """Run several replicas behind a router until stopped; this process loads no model."""
+    from_arguments(namespace)  # refuse now what every replica would refuse
+
+    from autellix_sglang.router import fleet
+
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, datefmt="%Y-%m-%d %H:%M:%S")
+    return fleet.serve(namespace, sglang_argv, argv)
 
 
 def prepare(config: ProgramConfig, sglang_argv: list[str]) -> Any:

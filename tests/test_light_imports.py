@@ -18,12 +18,16 @@ STANDARD_LIBRARY_ONLY = (
     "autellix_sglang.core.queue",
     "autellix_sglang.errors",
     "autellix_sglang.identity",
+    "autellix_sglang.router.balance",
+    "autellix_sglang.router.config",
 )
 WITHOUT_ENGINE = (
     "autellix_sglang.engine.plugin",
     "autellix_sglang.engine.support",
     "autellix_sglang.launch",
     "autellix_sglang.messages",
+    "autellix_sglang.router.fleet",
+    "autellix_sglang.router.messages",
 )
 SCRIPT = """
 import importlib, sys

@@ -36,9 +36,11 @@ from autellix_sglang import __version__
 from autellix_sglang.config import ENV_VAR, OFF, ProgramConfig
 from autellix_sglang.engine.support import check_supported
 from autellix_sglang.errors import ActivationError, AutellixError, ConfigError
+from autellix_sglang.router.config import WorkerConfig
 
 ENV_PREFIX: Final = "AUTELLIX_PROGRAM_"
 INFO_KEY: Final = "program_scheduler"  # in Scheduler.get_init_info()
+HTTP_SERVER: Final = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 SCHEDULER: Final = "sglang.srt.managers.scheduler.Scheduler"
 
 
@@ -50,6 +52,8 @@ def register() -> None:
             os.environ[ENV_VAR] = config.to_json()  # for the processes to come
             if _is_http_process():
                 _apply(_http_hooks())
+        elif WorkerConfig.from_env() is not None and _is_http_process():
+            _apply({HTTP_SERVER: _run_stock_http_server})
     except AutellixError as error:
         fail(error)
     except Exception as error:
@@ -140,7 +144,7 @@ def _http_hooks() -> dict[str, Callable[..., Any]]:
     return {
         "sglang.srt.entrypoints.http_server.launch_server": _launch_server,
         "sglang.srt.entrypoints.engine.Engine._launch_subprocesses": _launch_subprocesses,
-        "sglang.srt.entrypoints.http_server._setup_and_run_http_server": _run_http_server,
+        HTTP_SERVER: _run_http_server,
     }
 
 
@@ -202,6 +206,7 @@ def _run_http_server(
     keys = http.ApiKeys(serving.api_key, serving.admin_api_key)
     http.install(app, tokenizer_manager.program_control, keys)
     app.router.lifespan_context = _lifespan(app.router.lifespan_context, tokenizer_manager)
+    _join_routers(tokenizer_manager)
     for name in ("execute_warmup_func", "launch_callback"):
         kwargs[name] = partial(_calibrate_first, kwargs.get(name), tokenizer_manager)
     return original(
@@ -213,6 +218,27 @@ def _run_http_server(
         *args,
         **kwargs,
     )
+
+
+def _run_stock_http_server(
+    original: Callable[..., Any], server_args: Any, manager: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Around the HTTP server of a replica with policy `off`: all it gets is the worker agent."""
+    _join_routers(manager)
+    return original(server_args, manager, *args, **kwargs)
+
+
+def _join_routers(manager: Any) -> None:
+    """Let this replica work for the routers it was told of, if any."""
+    config = WorkerConfig.from_env()
+    if config is not None:
+        from sglang.srt.entrypoints.http_server import app
+        from sglang.srt.runtime_context import get_serving
+
+        from autellix_sglang.engine import worker
+
+        serving = get_serving()
+        worker.attach(app, manager, config, f"http://{serving.host}:{serving.port}")
 
 
 def _lifespan(original: Callable[[Any], AbstractAsyncContextManager[Any]], manager: Any) -> Any:

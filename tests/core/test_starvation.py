@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -287,7 +289,8 @@ def test_stalls_are_bounded(crowd: list[list[int]], num_slots: int, policy: str)
     Those are the running calls, the promotions of the others (a quantum each), and `min_run`.
     """
     beta, quantum, min_run = 8.0, 3.0, 2.0
-    config = ProgramConfig(policy=policy, quantum=quantum, beta=beta, min_run=min_run, levels=5)
+    rules: dict[str, Any] = {"levels": 5, "schedule_interval": 1}
+    config = ProgramConfig(policy=policy, quantum=quantum, beta=beta, min_run=min_run, **rules)
     engine = FakeEngine(config, num_slots=num_slots)
     for p, outputs in enumerate(crowd):
         for i, num_output in enumerate(outputs):

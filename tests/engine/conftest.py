@@ -30,6 +30,7 @@ class Engine:
     """A running server, asked in plain HTTP."""
 
     server: Server
+    router_endpoint: str  # that it dials
 
     @property
     def url(self) -> str:
@@ -100,6 +101,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """The default policy with the settings above; it must still be alive at the end."""
     port = free_port()
     directory = tmp_path_factory.mktemp("engine")
-    with Server("plas", launch_command("plas", port, FLAGS), port, directory) as server:
-        yield Engine(server)
+    endpoint = f"ipc://{directory}/router.sock"
+    flags = [*FLAGS, "--router-endpoint", endpoint, "--worker-name", "engine"]
+    with Server("plas", launch_command("plas", port, flags), port, directory) as server:
+        yield Engine(server, endpoint)
         server.check_alive()

@@ -1,0 +1,115 @@
+"""Requests that concern every worker, and how their answers become one.
+
+Pure functions from what workers answered to what the client gets.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from autellix_sglang.router.messages import Headers
+
+JSON: Final[Headers] = [(b"content-type", b"application/json")]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What one worker answered, or the router for all of them (worker "")."""
+
+    worker: str
+    status: int
+    headers: Headers
+    body: bytes
+
+
+Merge = Callable[[Sequence[Reply]], Reply]
+
+
+def best(replies: Sequence[Reply]) -> Reply:
+    """The first success, else the first failure: one worker knows, the others say 404."""
+    return min(replies, key=lambda reply: reply.status)
+
+
+def worst(replies: Sequence[Reply]) -> Reply:
+    """The worst of all: only when it is a success have all workers done it."""
+    return max(replies, key=lambda reply: reply.status)
+
+
+def merge_programs(replies: Sequence[Reply]) -> Reply:
+    """The programs of all workers in one page; each says which worker has it."""
+    failed = worst(replies)
+    if failed.status != 200:
+        return failed
+    programs = [
+        {**program, "worker": reply.worker}
+        for reply in replies
+        for program in json.loads(reply.body)["programs"]
+    ]
+    return _json({"programs": programs, "next": None})
+
+
+def merge_by_worker(replies: Sequence[Reply]) -> Reply:
+    """Each worker's JSON under its name."""
+    failed = worst(replies)
+    if failed.status != 200:
+        return failed
+    return _json({"workers": {reply.worker: json.loads(reply.body) for reply in replies}})
+
+
+def merge_metrics(replies: Sequence[Reply]) -> Reply:
+    """Prometheus text with a label `worker` on every sample, each family in one piece."""
+    failed = worst(replies)
+    if failed.status != 200:
+        return failed
+    families: dict[str, tuple[list[str], list[str]]] = {}
+    for reply in replies:
+        _sort_samples(reply, families)
+    lines = [line for head, samples in families.values() for line in (*head, *samples)]
+    body = "\n".join([*lines, ""]).encode()
+    return Reply("", 200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], body)
+
+
+def _sort_samples(reply: Reply, families: dict[str, tuple[list[str], list[str]]]) -> None:
+    """Add one worker's lines to the families they belong to; (comments, samples) by name."""
+    family: tuple[list[str], list[str]] = ([], [])
+    name = ""
+    for line in reply.body.decode().splitlines():
+        if line.startswith("#"):
+            words = line.split(maxsplit=3)
+            if len(words) > 2 and words[2] != name:
+                name = words[2]
+                family = families.setdefault(name, ([], []))
+            if line not in family[0]:
+                family[0].append(line)
+        elif line.strip():
+            if not name:
+                family = families.setdefault("", ([], []))
+            family[1].append(_label(line, reply.worker))
+
+
+def _label(sample: str, worker: str) -> str:
+    label = 'worker="' + worker.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    metric, brace, rest = sample.partition("{")
+    if brace and " " not in metric:
+        return (
+            f"{metric}{{{label},{rest}" if not rest.startswith("}") else f"{metric}{{{label}{rest}"
+        )
+    name, _, value = sample.partition(" ")
+    return f"{name}{{{label}}} {value}"
+
+
+def _json(value: Mapping[str, Any]) -> Reply:
+    return Reply("", 200, JSON, json.dumps(value).encode())
+
+
+EVERYWHERE: Final[Mapping[tuple[str, str], Merge]] = {
+    ("GET", "/v1/programs"): merge_programs,
+    ("GET", "/metrics"): merge_metrics,
+    ("GET", "/program_stats"): merge_by_worker,
+    ("PATCH", "/program_config"): worst,
+    ("GET", "/flush_cache"): worst,
+    ("POST", "/flush_cache"): worst,
+}

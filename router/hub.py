@@ -1,0 +1,566 @@
+"""The router's side of the transport: workers, calls in flight, and what happens when one dies.
+
+    app.py --- Hub.open(request) ---> Answer: status, headers, pieces of the body
+                 |
+                 |  place (balance.py), send, wait for the first byte; on a lost worker place again
+                 v
+             RemoteWorker  --- Call, Credit, Cancel --->  worker agent
+                           <-- Head, Chunk, Failed, Report ---
+
+A call is an `Answer` over one or more attempts, each a `_Stream` with a number of its own on one
+worker. What a worker says about a stream that is no longer its own is ignored, so no call is
+answered twice. Nothing here knows HTTP servers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import count
+from typing import Any, Final
+
+import zmq
+
+from autellix_sglang.errors import AutellixError
+from autellix_sglang.router import balance
+from autellix_sglang.router.balance import POLICIES, Choice, Programs
+from autellix_sglang.router.channel import (
+    REFUSED,
+    REJOIN,
+    Allowed,
+    Channel,
+    Codec,
+    Garbage,
+    Outbox,
+    Quiet,
+    WrongVersion,
+    listen,
+)
+from autellix_sglang.router.config import RouterConfig
+from autellix_sglang.router.messages import (
+    FROM_WORKER,
+    VERSION,
+    Alive,
+    Call,
+    Cancel,
+    Chunk,
+    Credit,
+    Drain,
+    Failed,
+    Head,
+    Headers,
+    Leave,
+    Register,
+    Report,
+    Visit,
+    Welcome,
+)
+
+logger = logging.getLogger(__name__)
+
+OUTBOX_BYTES: Final = 1 << 28  # a worker that takes nothing while this much waits gets no more
+
+
+class RouterError(AutellixError):
+    """A call that the router has to answer itself; `status` is the HTTP status."""
+
+    status = 502
+
+
+class NoWorkerError(RouterError):
+    """No worker takes calls now, or the router holds as many as it may."""
+
+    status = 503
+
+
+class WorkerLostError(RouterError):
+    """The worker is gone, and with it the answer or the rest of it."""
+
+
+class WorkerFailedError(RouterError):
+    """The replica's app gave no proper answer; trying elsewhere would not help."""
+
+
+class DeadlineError(RouterError):
+    """The call did not end in time."""
+
+    status = 504
+
+
+class State(Enum):
+    """What a worker can do for us."""
+
+    STARTING = "starting"  # registered, its engine is not ready
+    READY = "ready"
+    DRAINING = "draining"  # finishes what it has
+    LEAVING = "leaving"  # the same, by its own wish
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a client asks, and what placement needs to know of it."""
+
+    method: str
+    path: str
+    raw_path: bytes = b""
+    query: bytes = b""
+    headers: Headers = field(default_factory=list)
+    body: bytes = b""
+    client: tuple[str, int] | None = None
+    program: str | None = None
+    num_tokens: int = 0  # of its prompt; 0: no inference
+    beginnings: tuple[tuple[str, int], ...] = ()  # see `balance.Call`
+    worker: str | None = None  # the only one that will do
+    can_retry: bool = True
+    timeout_s: float | None = None
+
+
+class _Stream:
+    """One attempt at a call on one worker."""
+
+    def __init__(
+        self, number: int, worker: RemoteWorker, num_uncached: int, request: Request
+    ) -> None:
+        self.number = number
+        self.worker = worker
+        self.request = request
+        self.num_uncached = num_uncached  # counted as pending until the first byte
+        self.head: Head | None = None
+        self.chunks: deque[bytes] = deque()
+        self.is_whole = False
+        self.error: RouterError | None = None
+        self._news = asyncio.Event()
+
+    def take(self, message: Head | Chunk) -> None:
+        if isinstance(message, Head):
+            self.head = message
+            return
+        self.is_whole = self.is_whole or message.is_last
+        self.chunks.append(message.body)
+        self._news.set()
+
+    def fail(self, error: RouterError) -> None:
+        self.error = self.error or error
+        self._news.set()
+
+    async def news(self) -> None:
+        """Return when there are chunks or an error."""
+        await self._news.wait()
+        self._news.clear()
+
+    def take_body(self) -> bytes:
+        """All that has arrived, as one piece."""
+        body = self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
+        self.chunks.clear()
+        return body
+
+
+class RemoteWorker:
+    """A registered worker during one session."""
+
+    def __init__(self, hub: Hub, address: bytes, session: int, register: Register) -> None:
+        self.id = register.worker
+        self.url = register.url
+        self.address = address
+        self.outbox = Outbox(session)
+        self.next_number = 0
+        self.heard_s = hub.clock()
+        self.report = Report(is_ready=False)
+        self.is_draining = register.is_draining
+        self.is_leaving = False
+        self.streams: dict[int, _Stream] = {}
+        self.num_calls = 0  # ended, since it registered
+        self._num_own = 0  # inference calls of ours in it
+        self._pending_tokens = 0  # uncached, of those without a first byte
+        self._hub = hub
+
+    @property
+    def state(self) -> State:
+        if self.is_leaving:
+            return State.LEAVING
+        if self.is_draining:
+            return State.DRAINING
+        return State.READY if self.report.is_ready else State.STARTING
+
+    @property
+    def can_take(self) -> bool:
+        """Whether calls may be sent to it: ready, heard of lately, and reading what it is sent."""
+        is_silent = self._hub.clock() - self.heard_s > self._hub.config.timeout_s / 2
+        return self.state is State.READY and not is_silent and self.outbox.num_bytes < OUTBOX_BYTES
+
+    def load(self) -> balance.Worker:
+        """Its last report, corrected by what was sent and what ended since."""
+        report = self.report
+        return balance.Worker(
+            id=self.id,
+            num_live=max(0, report.num_live - report.num_ours) + self._num_own,
+            num_slots=report.num_slots,
+            call_s=report.call_s,
+            pending_tokens=self._pending_tokens,
+            prefill_tokens_per_s=(
+                report.prefill_tokens_per_s or self._hub.config.prefill_tokens_per_s
+            ),
+            kv_tokens=report.kv_tokens,
+            computed_tokens=report.computed_tokens,
+        )
+
+    def add(self, stream: _Stream) -> None:
+        self.streams[stream.number] = stream
+        self._num_own += stream.request.num_tokens > 0
+        self._pending_tokens += stream.num_uncached
+
+    def remove(self, stream: _Stream) -> bool:
+        """Whether the stream was still here."""
+        if self.streams.pop(stream.number, None) is None:
+            return False
+        self.answered(stream)
+        self._num_own -= stream.request.num_tokens > 0
+        self.num_calls += 1
+        return True
+
+    def answered(self, stream: _Stream) -> None:
+        """The first byte is there: its prompt is computed."""
+        self._pending_tokens -= stream.num_uncached
+        stream.num_uncached = 0
+
+    def send(self, message: Any, num_bytes: int = 0) -> None:
+        self._hub.channel.send(self.address, self.outbox, message, num_bytes)
+
+
+class Answer:
+    """A call on its way: its head is there, its body comes in pieces."""
+
+    def __init__(self, hub: Hub, stream: _Stream, deadline_s: float) -> None:
+        assert stream.head is not None
+        self.status = stream.head.status
+        self.headers = stream.head.headers
+        self.worker = stream.worker.id
+        self._hub = hub
+        self._stream = stream
+        self._deadline_s = deadline_s
+
+    async def pieces(self) -> AsyncGenerator[tuple[bytes, bool], None]:
+        """(piece of the body, whether it is the last); raises `RouterError` if the rest is lost.
+
+        A piece counts as taken by the client when the next one is asked for.
+        """
+        stream = self._stream
+        while True:
+            if stream.chunks:
+                body = stream.take_body()
+                yield body, stream.is_whole
+                if stream.is_whole:
+                    return
+                if body and stream.error is None:
+                    stream.worker.send(Credit(stream=stream.number, num_bytes=len(body)))
+            elif stream.error is not None:
+                raise stream.error
+            else:
+                await self._hub.wait_for_news(stream, self._deadline_s)
+
+    def close(self) -> None:
+        """Whatever is left of the call is not wanted any more."""
+        self._hub.close_stream(self._stream)
+
+
+class Hub:
+    """All workers and all calls of one router."""
+
+    def __init__(self, config: RouterConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self.clock = clock
+        self.programs = Programs()
+        self.workers: dict[str, RemoteWorker] = {}  # by name
+        self.num_open = 0
+        self.num_buffered_bytes = 0
+        self.num_retries = 0
+        self.num_spills = 0
+        self._by_address: dict[bytes, RemoteWorker] = {}
+        self._place = POLICIES[config.policy]
+        self._turns = count()
+        self._numbers = count(1)
+        self._quiet = Quiet(clock)
+        self._has_changed = asyncio.Event()  # a worker may have become ready
+        self._allowed: Allowed | None = None
+
+    async def start(self) -> None:
+        """Listen for workers; raises `ConfigError` for an endpoint or keys that cannot work."""
+        self._context: zmq.Context[Any] = zmq.Context()
+        if self.config.keys:
+            self._allowed = Allowed(self._context, self.config.keys)
+        socket = listen(self._context, self.config.endpoint, self.config.keys, self._allowed)
+        self.endpoint = str(socket.get_string(zmq.LAST_ENDPOINT)).rstrip("\0")
+        self.channel = Channel(socket, Codec(FROM_WORKER), self._take_frames)
+        self._beating = asyncio.create_task(self._beat())
+
+    async def stop(self) -> None:
+        self._beating.cancel()
+        await asyncio.gather(self._beating, return_exceptions=True)
+        for worker in list(self.workers.values()):
+            self._lose(worker, "the router stops")
+        self.channel.close()
+        if self._allowed is not None:
+            self._allowed.stop()
+        self._context.term()
+
+    # -- calls -----------------------------------------------------------------------------------
+
+    async def open(self, request: Request) -> Answer:
+        """Send a call and wait for its first byte; raises `RouterError` when it cannot be had.
+
+        A worker that is lost before that is replaced by another, `config.retries` times.
+        """
+        timeout_s = min(
+            request.timeout_s or self.config.request_timeout_s, self.config.request_timeout_s
+        )
+        deadline_s = self.clock() + timeout_s
+        tried: set[str] = set()
+        while True:
+            worker, choice, call = await self._choose(request, tried, deadline_s)
+            stream = self._send(request, worker, choice, call, deadline_s)
+            try:
+                while not stream.chunks:
+                    if stream.error is not None:
+                        raise stream.error
+                    await self.wait_for_news(stream, deadline_s)
+                return Answer(self, stream, deadline_s)
+            except WorkerLostError:
+                tried.add(worker.id)
+                if not request.can_retry or len(tried) > self.config.retries:
+                    raise
+                self.num_retries += 1
+            except BaseException:
+                self.close_stream(stream)
+                raise
+
+    async def wait_for_news(self, stream: _Stream, deadline_s: float) -> None:
+        """Wait for the next chunk or error of a stream; raises `DeadlineError`."""
+        try:
+            async with asyncio.timeout(deadline_s - self.clock()):
+                await stream.news()
+        except TimeoutError:
+            self.close_stream(stream)
+            raise DeadlineError("the call did not end before its deadline") from None
+
+    def close_stream(self, stream: _Stream) -> None:
+        """Forget a stream; its worker is told unless it is done with it."""
+        worker = stream.worker
+        if not worker.remove(stream):
+            return
+        if stream.request.num_tokens:
+            self.programs.ended(stream.request.program, worker.id)
+        if not stream.is_whole and stream.error is None:
+            worker.send(Cancel(stream=stream.number))
+            stream.fail(RouterError("cancelled"))
+
+    async def _choose(
+        self, request: Request, tried: set[str], deadline_s: float
+    ) -> tuple[RemoteWorker, Choice, balance.Call]:
+        """A worker for the call, waiting a while for one; raises `NoWorkerError`."""
+        wait_until_s = min(deadline_s, self.clock() + self.config.worker_wait_s)
+        call = balance.Call(
+            program=request.program,
+            num_tokens=max(1, request.num_tokens),
+            turn=next(self._turns),
+            beginnings=request.beginnings,
+        )
+        while True:
+            able = [w for w in self.workers.values() if w.can_take]
+            if request.worker is not None:
+                able = [w for w in self.workers.values() if w.id == request.worker]
+            fresh = [worker for worker in able if worker.id not in tried] or able
+            if fresh:
+                loads = [worker.load() for worker in fresh]
+                choice = self._place(call, self.programs.view(call), loads)
+                self.num_spills += choice.is_spill
+                return self.workers[choice.worker], choice, call
+            self._has_changed.clear()
+            try:
+                async with asyncio.timeout(wait_until_s - self.clock()):
+                    await self._has_changed.wait()
+            except TimeoutError:
+                wanted = f"worker {request.worker!r}" if request.worker else "no worker"
+                raise NoWorkerError(f"{wanted} is not ready to take calls") from None
+
+    def _send(
+        self,
+        request: Request,
+        worker: RemoteWorker,
+        choice: Choice,
+        call: balance.Call,
+        deadline_s: float,
+    ) -> _Stream:
+        num_uncached = choice.uncached_tokens if request.num_tokens else 0
+        stream = _Stream(next(self._numbers), worker, num_uncached, request)
+        worker.add(stream)
+        if request.num_tokens:
+            self.programs.sent(call, choice, worker.load(), self.clock())
+        message = Call(
+            stream=stream.number,
+            method=request.method,
+            path=request.path,
+            raw_path=request.raw_path,
+            query=request.query,
+            headers=request.headers,
+            body=request.body,
+            client=request.client,
+            program=request.program,
+            num_tokens=request.num_tokens,
+            credit_bytes=self.config.credit_bytes,
+            deadline_s=deadline_s - self.clock(),
+        )
+        worker.send(message, len(request.body))
+        return stream
+
+    # -- operators -------------------------------------------------------------------------------
+
+    def drain(self, name: str, *, is_draining: bool) -> bool:
+        """Let a worker finish and give it no more, or take that back; False if it is not known."""
+        worker = self.workers.get(name)
+        if worker is None:
+            return False
+        worker.is_draining = is_draining
+        worker.send(Drain(is_draining=is_draining))
+        self._has_changed.set()
+        logger.info("worker %r is %s", name, worker.state.value)
+        return True
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Every worker's state, load, programs and cache use, in JSON types."""
+        homed = self.programs.num_homed()
+        return [
+            {
+                "id": worker.id,
+                "url": worker.url,
+                "state": worker.state.value,
+                "live_calls": (load := worker.load()).num_live,
+                "slots": load.num_slots,
+                "delay_s": round(load.delay_s, 4),
+                "open_streams": len(worker.streams),
+                "ended_calls": worker.num_calls,
+                "programs": homed.get(worker.id, 0),
+                "kv_tokens": worker.report.kv_tokens,
+                "kv_used_tokens": worker.report.kv_used_tokens,
+                "cache_hit_rate": round(worker.report.cache_hit_rate, 4),
+                "silent_s": round(self.clock() - worker.heard_s, 2),
+            }
+            for worker in self.workers.values()
+        ]
+
+    @property
+    def num_ready(self) -> int:
+        return sum(worker.can_take for worker in self.workers.values())
+
+    # -- workers ---------------------------------------------------------------------------------
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.heartbeat_s)
+            now_s = self.clock()
+            for worker in list(self.workers.values()):
+                if now_s - worker.heard_s > self.config.timeout_s:
+                    self._lose(worker, f"nothing heard for {self.config.timeout_s:g} s")
+                else:
+                    worker.send(Alive())
+
+    def _take_frames(self, address: bytes, frames: list[bytes]) -> None:
+        try:
+            session, number, messages = self.channel.codec.decode(frames)
+        except WrongVersion as error:
+            reason = f"this router speaks version {VERSION}, not {error}"
+            self._quiet.warning("version", f"refused a worker of another version: {reason}")
+            self.channel.send_frames(address, [REFUSED, reason.encode()])
+            return
+        except Garbage as error:
+            self._quiet.warning("garbage", f"ignored {error}")
+            return
+        worker = self._by_address.get(address)
+        if messages and isinstance(messages[0], Register) and number == 0:
+            worker = self._register(address, session, messages[0])
+        if worker is None or worker.outbox.session != session:
+            self.channel.send_frames(address, [REJOIN])
+        elif number != worker.next_number:
+            self._lose(worker, "frames were lost")
+            self.channel.send_frames(address, [REJOIN])
+        else:
+            worker.next_number += 1
+            worker.heard_s = self.clock()
+            for message in messages:
+                self._take(worker, message)
+
+    def _register(self, address: bytes, session: int, register: Register) -> RemoteWorker:
+        earlier = self.workers.get(register.worker)
+        if earlier is not None:
+            self._lose(earlier, "it joined anew")
+            if earlier.address != address:  # it may still be there
+                reason = f"another process joined as {register.worker!r}"
+                self.channel.send_frames(earlier.address, [REFUSED, reason.encode()])
+        worker = RemoteWorker(self, address, session, register)
+        self.workers[worker.id] = self._by_address[address] = worker
+        self._learn(worker, register.programs)
+        worker.send(Welcome(heartbeat_s=self.config.heartbeat_s, timeout_s=self.config.timeout_s))
+        logger.info(
+            "worker %r joined with %d programs (%s)",
+            worker.id, len(register.programs), worker.url or "no url",
+        )  # fmt: skip
+        return worker
+
+    def _lose(self, worker: RemoteWorker, reason: str) -> None:
+        """End a worker's session: its streams fail, its programs live elsewhere."""
+        self._by_address.pop(worker.address, None)
+        if self.workers.get(worker.id) is worker:
+            del self.workers[worker.id]
+            self.programs.forget_worker(worker.id)
+        self.channel.drop(worker.address)
+        is_expected = worker.is_leaving or not worker.streams
+        log = logger.info if is_expected else logger.warning
+        log("worker %r is gone with %d streams: %s", worker.id, len(worker.streams), reason)
+        for stream in list(worker.streams.values()):
+            stream.fail(WorkerLostError(f"worker {worker.id!r} was lost: {reason}"))
+            worker.remove(stream)
+
+    def _take(self, worker: RemoteWorker, message: Any) -> None:
+        match message:
+            case Head() | Chunk():
+                self._take_answer(worker, message)
+            case Report():
+                self._take_report(worker, message)
+            case Failed():
+                stream = worker.streams.get(message.stream)
+                if stream is not None:
+                    stream.fail(WorkerFailedError(f"worker {worker.id!r}: {message.reason}"))
+            case Leave():
+                worker.is_leaving = True
+                logger.info("worker %r leaves", worker.id)
+            case Register():  # taken by `_register`
+                pass
+
+    def _take_answer(self, worker: RemoteWorker, message: Head | Chunk) -> None:
+        stream = worker.streams.get(message.stream)
+        if stream is None or stream.error is not None:
+            return
+        stream.take(message)
+        if isinstance(message, Chunk):
+            worker.answered(stream)
+        if stream.is_whole:
+            self.close_stream(stream)
+
+    def _learn(self, worker: RemoteWorker, visits: list[Visit]) -> None:
+        """A worker holds prefixes of these programs, from before or by another router."""
+        load, now_s = worker.load(), self.clock()
+        for key, num_tokens, ago_s in visits:
+            self.programs.learn(key, load, num_tokens, now_s - ago_s)
+
+    def _take_report(self, worker: RemoteWorker, report: Report) -> None:
+        was_ready = worker.report.is_ready
+        worker.report = report
+        self._learn(worker, report.programs)
+        if report.is_ready:
+            self._has_changed.set()
+        if report.is_ready != was_ready:
+            logger.info("worker %r is %s", worker.id, worker.state.value)

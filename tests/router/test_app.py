@@ -1,0 +1,240 @@
+"""The front door: its own routes, requests about programs, and answers of many workers as one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+
+pytest.importorskip("zmq")
+
+from autellix_sglang.errors import ConfigError
+from autellix_sglang.router import everywhere
+from autellix_sglang.router.app import RouterApp, _beginnings, _num_tokens, _program_id
+from autellix_sglang.router.config import (
+    RouterConfig,
+    WorkerConfig,
+    add_arguments,
+    check_endpoint,
+    from_arguments,
+)
+from autellix_sglang.router.everywhere import Reply
+from autellix_sglang.router.hub import Hub
+
+# -- own routes ----------------------------------------------------------------------------------
+
+
+async def test_overview_shows_every_worker(rig):
+    """GET /workers tells state, load, programs and cache use; /health how many are ready."""
+    client = await rig.route()
+    await rig.join("a", "b")
+    for i in range(3):
+        await client.post("/generate", json={}, headers={"x-program-id": f"p{i}"})
+    overview = (await client.get("/workers")).json()
+    assert (overview["policy"], overview["programs"], overview["retries"]) == ("autellix", 3, 0)
+    assert {w["id"] for w in overview["workers"]} == {"a", "b"}
+    assert sum(w["programs"] for w in overview["workers"]) == 3
+    assert all(w["state"] == "ready" and w["slots"] == 4 for w in overview["workers"])
+    health = await client.get("/health")
+    assert (health.status_code, health.json()) == (200, {"ready_workers": 2})
+
+
+@pytest.mark.parametrize("path", ["/workers/nobody/drain", "/workers/a/explode", "/workers/a"])
+async def test_unknown_worker_or_verb_is_404(rig, path):
+    """The router does not pass on what looks like one of its own routes."""
+    client = await rig.route()
+    assert (await client.post(path)).status_code == 404
+
+
+async def test_draining_needs_the_admin_key(rig):
+    """With a key only its holder drains; without one only this machine does."""
+    client = await rig.route(admin_key="k")
+    await rig.join("a")
+    assert (await client.post("/workers/a/drain")).status_code == 403
+    wrong = {"authorization": "Bearer j"}
+    assert (await client.post("/workers/a/drain", headers=wrong)).status_code == 403
+    right = {"authorization": "Bearer k"}
+    assert (await client.post("/workers/a/drain", headers=right)).status_code == 200
+    far = RouterApp(Hub(RouterConfig()))
+    assert not far._is_admin({"client": ("10.0.0.1", 5), "headers": []})
+    assert far._is_admin({"client": ("::1", 5), "headers": []})
+
+
+# -- programs ------------------------------------------------------------------------------------
+
+
+async def test_new_program_is_found_by_its_calls(rig):
+    """POST /v1/programs without an id gets one on the way, and the program's calls follow it."""
+    client = await rig.route()
+    await rig.join("a", "b", "c")
+    opened = await client.post("/v1/programs")
+    headers = dict(opened.json()["headers"])
+    home = opened.headers["x-router-worker"]
+    given = {"x-program-id": headers["x-program-id"]}
+    assert (await client.post("/generate", json={}, headers=given)).json()["worker"] == home
+
+
+async def test_program_is_asked_for_and_ended_where_it_is(rig):
+    """GET and DELETE on a program reach its worker; ended, nothing is remembered of it."""
+    client = await rig.route()
+    await rig.join("a", "b", "c")
+    given = {"x-program-id": "some/p"}
+    home = (await client.post("/generate", json={}, headers=given)).json()["worker"]
+    assert (await client.get("/v1/programs/some/p")).json()["worker"] == home
+    assert (await client.delete("/v1/programs/some/p")).json()["worker"] == home
+    assert len(rig.hub.programs) == 0
+
+
+async def test_unknown_program_is_looked_for_everywhere(rig):
+    """A program that the router has not seen is asked for on every worker."""
+    client = await rig.route()
+    await rig.join("a", "b")
+    await client.get("/v1/programs/unheard-of")
+    assert [len(replica.seen) for replica in rig.replicas.values()] == [1, 1]
+
+
+def body_of(**fields) -> bytes:
+    return json.dumps({"text": "hello", **fields}).encode()
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "expected"),
+    [
+        ([], b"", None),
+        ([], b"not json custom_params", None),
+        ([], b'["custom_params"]', None),
+        ([(b"x-program-id", b"h")], body_of(session_id="s"), "h"),
+        ([(b"x-session-id", b"agent")], body_of(session_id="s"), "agent"),
+        ([(b"x-session-id", b"agent")], body_of(custom_params={"program_id": "b"}), "b"),
+        ([], body_of(session_id="s"), "s"),
+        ([], body_of(session_id=7), None),
+        ([(b"x-program-id", b"")], body_of(session_id="s"), None),
+    ],
+)
+def test_program_of_a_request_follows_the_order_of_identity(headers, body, expected):
+    """The router finds the id that the replica will find; a malformed one is the replica's."""
+    assert _program_id("/generate", headers, body) == expected
+
+
+def test_length_is_the_callers_or_from_the_body():
+    """A tokenised length comes from the header if it is a number, else from the body's size."""
+    body = bytes(4000)
+    assert _num_tokens({b"x-prompt-tokens": b"77"}, body) == 77
+    assert _num_tokens({b"x-prompt-tokens": b"many"}, body) == 1000
+    assert _num_tokens({}, b"") == 1
+
+
+def test_requests_that_begin_alike_share_names():
+    """Names are of the first 1, 4 and 16 KiB, as far as the body goes, and of all before."""
+    one, other = _beginnings(b"a" * 5000 + b"b"), _beginnings(b"a" * 4096 + b"c" * 20_000)
+    assert [tokens for _, tokens in other] == [256, 1024, 4096]
+    assert one == other[:2]
+    assert _beginnings(b"b" * 4096)[1] != other[1]
+    assert _beginnings(b"short") == ()
+
+
+# -- everywhere ----------------------------------------------------------------------------------
+
+
+def reply(worker: str, value: object, status: int = 200) -> Reply:
+    body = value.encode() if isinstance(value, str) else json.dumps(value).encode()
+    return Reply(worker, status, [], body)
+
+
+def test_lists_of_programs_become_one():
+    """Each program says whose it is; a failing worker is not passed over in silence."""
+    found = [reply("a", {"programs": [{"id": 1}]}), reply("b", {"programs": [{"id": 2}]})]
+    assert json.loads(everywhere.merge_programs(found).body) == {
+        "programs": [{"id": 1, "worker": "a"}, {"id": 2, "worker": "b"}],
+        "next": None,
+    }
+    failed = reply("c", {"error": 1}, 503)
+    assert everywhere.merge_programs([*found, failed]) == failed
+    assert everywhere.merge_by_worker([*found, failed]) == failed
+
+
+def test_metrics_are_labelled_and_each_family_is_in_one_piece():
+    """Samples carry their worker, comments are not repeated, values stay as they are."""
+    text = (
+        '# HELP x text here\n# TYPE x counter\nx{m="a b"} 1\nx_total 2.5\n# TYPE y gauge\ny{} 3\n'
+    )
+    merged = everywhere.merge_metrics([reply("w1", text), reply('w"2', text)]).body.decode()
+    assert merged.splitlines() == [
+        "# HELP x text here",
+        "# TYPE x counter",
+        'x{worker="w1",m="a b"} 1',
+        'x_total{worker="w1"} 2.5',
+        'x{worker="w\\"2",m="a b"} 1',
+        'x_total{worker="w\\"2"} 2.5',
+        "# TYPE y gauge",
+        'y{worker="w1"} 3',
+        'y{worker="w\\"2"} 3',
+    ]
+
+
+def test_best_and_worst():
+    """One success is enough to find something, one failure enough to have failed."""
+    found = [reply("a", "", 404), reply("b", "", 200), reply("c", "", 500)]
+    assert (everywhere.best(found).worker, everywhere.worst(found).worker) == ("b", "c")
+
+
+async def test_settings_reach_every_worker(rig):
+    """A change of settings is sent to all; with a worker named, to that one."""
+    client = await rig.route()
+    await rig.join("a", "b")
+    await client.patch("/program_config", json={"policy": "fcfs"})
+    await client.patch("/program_config", json={}, headers={"x-router-worker": "b"})
+    assert [len(replica.seen) for replica in rig.replicas.values()] == [1, 2]
+
+
+# -- settings ------------------------------------------------------------------------------------
+
+
+def test_flags_are_read_from_the_fields():
+    """No arguments give the defaults, each flag sets its field, --help shows the default."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert from_arguments(parser.parse_args([])) == RouterConfig()
+    argv = ["--policy", "sticky", "--retries", "0", "--insecure"]
+    expected = RouterConfig(policy="sticky", retries=0, insecure=True)
+    assert from_arguments(parser.parse_args(argv)) == expected
+    assert f"(default: {RouterConfig().endpoint})" in " ".join(parser.format_help().split())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"policy": "best"}, {"heartbeat_s": 0.0}, {"retries": -1}, {"timeout_s": 1.0}]
+)
+def test_setting_that_cannot_work_is_refused(changes):
+    """The error names the flag."""
+    with pytest.raises(ConfigError, match="--" + next(iter(changes)).replace("_", "-")):
+        RouterConfig(**changes)
+
+
+def test_worker_settings_survive_the_environment():
+    """What `launch` leaves for the HTTP process is what it reads there."""
+    config = WorkerConfig(endpoints=("ipc:///a", "tcp://127.0.0.1:1"), name="n", keys="/k")
+    environ = {"AUTELLIX_SGLANG_WORKER": config.to_json()}
+    assert WorkerConfig.from_env(environ) == config
+    assert WorkerConfig.from_env({}) is None
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://10.0.0.1:5", "tcp://0.0.0.0:5", "tcp://*:5"])
+def test_plain_tcp_off_the_loopback_is_refused(endpoint):
+    """Without keys or force, prompts do not go over a network."""
+    with pytest.raises(ConfigError, match="loopback"):
+        check_endpoint("--endpoint", endpoint, is_safe=False)
+    check_endpoint("--endpoint", endpoint, is_safe=True)
+
+
+@pytest.mark.parametrize("endpoint", ["ipc:///a", "tcp://127.0.0.1:5", "tcp://localhost:5"])
+def test_local_endpoints_are_fine(endpoint):
+    """On one machine nothing is needed."""
+    check_endpoint("--endpoint", endpoint, is_safe=False)
+
+
+@pytest.mark.parametrize("endpoint", ["", "http://x:1", "tcp://host", "ipc://", "tcp://:5"])
+def test_malformed_endpoint_is_named(endpoint):
+    """What is neither ipc nor tcp is refused."""
+    with pytest.raises(ConfigError, match="neither"):
+        check_endpoint("--endpoint", endpoint, is_safe=True)

@@ -1,0 +1,164 @@
+"""Replicas as real processes: started, watched, killed, paused, started again, and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+
+import pytest
+
+pytest.importorskip("zmq")
+
+from autellix_sglang import launch
+from autellix_sglang.errors import ConfigError
+from autellix_sglang.router import fleet
+from autellix_sglang.router.testing import output_of
+from tests.router.conftest import FAST
+
+FAKE = [sys.executable, "-m", "autellix_sglang.router.testing", "--speed", "20"]
+
+
+def commands(*argv: str) -> list[list[str]]:
+    """What `launch` would run for each replica, from the flags that set it apart on."""
+    namespace, rest = launch.parse(argv)
+    made = fleet.replica_commands(namespace, rest, argv, "ipc:///x")
+    assert all(command[1:3] == ["-m", "autellix_sglang.launch"] for command in made)
+    return [command[3:] for command in made]
+
+
+def test_each_replica_gets_its_own_gpus_port_and_name():
+    """Replicas differ in GPUs, port and name, and share all other flags of the user."""
+    argv = (
+        "--replicas",
+        "3",
+        "--port",
+        "1234",
+        "--tp",
+        "2",
+        "--base-gpu-id=4",
+        "--program-beta",
+        "2",
+    )
+    found = commands(*argv)
+    shared = ["--tp", "2", "--program-beta", "2", "--host", "127.0.0.1", "--port"]
+    assert [command[:7] for command in found] == [shared] * 3
+    assert len({command[7] for command in found} | {"1234"}) == 4
+    assert [command[9] for command in found] == ["4", "6", "8"]
+    assert [command[-1] for command in found] == ["replica-0", "replica-1", "replica-2"]
+    assert all(command[-4:-2] == ["--router-endpoint", "ipc:///x"] for command in found)
+
+
+def test_number_that_is_none_is_named():
+    """A size that is not a number is refused before anything is started."""
+    with pytest.raises(ConfigError, match="--tp"):
+        commands("--replicas", "2", "--tp", "two")
+
+
+class Fakes:
+    """A fleet of fake replicas behind the rig's router."""
+
+    def __init__(self, rig, names):
+        self.rig = rig
+        self.log: list[str] = []
+        self.given_up = 0
+        replicas = [fleet.Replica(name, self.command(name), dict(os.environ)) for name in names]
+        self.fleet = fleet.Fleet(
+            replicas, lambda: rig.hub.num_ready, self.give_up, self.log.append, first_pause_s=0.05
+        )
+
+    def command(self, name):
+        return [*FAKE, "--router-endpoint", self.rig.endpoint, "--worker-name", name]
+
+    def give_up(self):
+        self.given_up += 1
+
+    async def wait_ready(self, count):
+        await self.rig.until(lambda: self.rig.hub.num_ready == count, 30)
+
+
+@pytest.fixture
+async def fakes(rig):
+    client = await rig.route(worker_wait_s=20)
+    made = Fakes(rig, ["w0", "w1"])
+    made.client = client
+    await made.fleet.start()
+    yield made
+    await made.fleet.stop()
+    assert all(replica.pid is None for replica in made.fleet.replicas)
+
+
+def prompt_of(i: int) -> list[int]:
+    return [i % 251] * (i % 90 + 10)
+
+
+async def ask(client, i: int, stream: bool) -> list[int] | str:
+    """The output of call i, or how it failed; anything else is a lost call."""
+    params = {"max_new_tokens": 12}
+    body = {"input_ids": prompt_of(i), "sampling_params": params, "stream": stream}
+    answer = await client.post("/generate", json=body, headers={"x-program-id": f"p{i // 4}"})
+    if not stream:
+        return answer.json()["output_ids"] if answer.status_code == 200 else "error"
+    events = [e.removeprefix("data: ") for e in answer.text.split("\n\n") if e]
+    if events[-1] != "[DONE]":
+        assert '"error"' in events[-1], events[-1]
+        return "error"
+    output_ids: list[int] = json.loads(events[-2])["output_ids"]
+    return output_ids
+
+
+async def test_chaos_loses_no_call(fakes):
+    """Under kill -9 and SIGSTOP every call ends once: in its result, or in an explicit error.
+
+    Calls that do not stream are retried, so of those none fails; results are those of an
+    undisturbed run.
+    """
+    await fakes.wait_ready(2)
+    limit = asyncio.Semaphore(40)
+
+    async def one(i: int) -> list[int] | str:
+        async with limit:
+            return await ask(fakes.client, i, stream=i % 2 == 0)
+
+    calls = [asyncio.create_task(one(i)) for i in range(1200)]
+    for round_ in range(4):
+        await asyncio.sleep(0.4)
+        victim = fakes.fleet.replicas[round_ % 2]
+        if victim.pid is None:
+            continue
+        os.kill(victim.pid, signal.SIGKILL if round_ < 2 else signal.SIGSTOP)
+        if round_ >= 2:
+            await asyncio.sleep(3 * FAST["timeout_s"])
+            victim.signal(signal.SIGCONT)
+        await fakes.wait_ready(2)
+    answers = await asyncio.gather(*calls)
+    expected = [output_of(prompt_of(i), 12) for i in range(1200)]
+    wrong = [a for a, e in zip(answers, expected, strict=True) if a not in (e, "error")]
+    assert wrong == []
+    assert "error" not in answers[1::2]
+    assert answers.count("error") < 200
+    await fakes.rig.until(lambda: fakes.rig.num_streams == 0)
+
+
+async def test_killed_replica_is_started_again(fakes):
+    """A replica that dies comes back under its name, and its log lines carry it."""
+    await fakes.wait_ready(2)
+    victim = fakes.fleet.replicas[0]
+    os.kill(victim.pid, signal.SIGKILL)
+    await fakes.rig.until(lambda: victim.num_starts == 2 and victim.pid is not None, 20)
+    await fakes.wait_ready(2)
+    assert {line[:5] for line in fakes.log} == {"[w0] ", "[w1] "}
+
+
+async def test_refused_arguments_are_not_tried_again(rig):
+    """A replica that ends with status 2 is not restarted; the fleet gives up."""
+    await rig.route()
+    made = Fakes(rig, ["w0"])
+    made.fleet.replicas[0]._command.append("--no-such-flag")
+    await made.fleet.start()
+    await rig.until(lambda: made.given_up == 1, 30)
+    assert made.fleet.replicas[0].num_starts == 1
+    assert any("--no-such-flag" in line for line in made.log)
+    await made.fleet.stop()
