@@ -183,13 +183,25 @@ class ReferenceMover:
     """Plain torch: the specification of the kernel, and the implementation on a CPU."""
 
     def gather(self, pool: KVPool, slots: torch.Tensor, chunk: HostChunk) -> None:
-        for rows, start in zip(pool.byte_rows, pool.record_offsets, strict=False):
-            chunk.storage[chunk.records, start : start + rows.shape[1]] = rows[slots].cpu()
+        for token, record, length in chunk.runs():
+            some = slots[token : token + length]
+            for rows, columns in self._columns(pool, chunk, record, length):
+                columns.copy_(rows.index_select(0, some))
 
     def scatter(self, chunk: HostChunk, pool: KVPool, slots: torch.Tensor) -> None:
+        for token, record, length in chunk.runs():
+            some = slots[token : token + length].long()
+            for rows, columns in self._columns(pool, chunk, record, length):
+                rows.index_copy_(0, some, columns.to(rows.device))
+
+    @staticmethod
+    def _columns(
+        pool: KVPool, chunk: HostChunk, record: int, length: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each buffer's rows, and its bytes in records [record, record + length)."""
+        records = chunk.storage[record : record + length]
         for rows, start in zip(pool.byte_rows, pool.record_offsets, strict=False):
-            found = chunk.storage[chunk.records, start : start + rows.shape[1]]
-            rows[slots] = found.to(rows.device)
+            yield rows, records[:, start : start + rows.shape[1]]
 
 
 def mover_for(pool: KVPool) -> Mover:
