@@ -2,10 +2,10 @@
 PYTHON_BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test check gpu-check clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## create .venv and install everything (quick when already done)
 	@scripts/setup.sh
@@ -20,6 +20,9 @@ check: setup  ## ruff and mypy --strict
 
 test: check  ## setup, check and all tests
 	$(PYTHON_BIN)/python -m pytest
+
+gpu-check: setup  ## kernel tests and swap benchmark; needs an NVIDIA GPU
+	@PYTHON=$(PYTHON_BIN)/python scripts/gpu_check.sh
 
 clean:  ## remove everything that can be made again, .venv included
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis bench/out

@@ -7,6 +7,8 @@
     ├── UnknownProgramError  no such program for this tenant            -> HTTP 404
     ├── ActivationError      SGLang started without our scheduler in place
     ├── ModelCacheError      the built-in model could not be written
+    ├── SwapError            KV rows cannot be moved as asked; raised before anything is moved
+    ├── KernelError          the swap kernel cannot be compiled, loaded or launched
     └── ControlError         the scheduler did not answer a control message -> HTTP 503
 
 Errors are for the user's mistakes and the world's; our own bugs are assertions.
@@ -56,6 +58,14 @@ class ActivationError(AutellixError):
 
 class ModelCacheError(AutellixError):
     """The built-in model could not be written to the cache directory."""
+
+
+class SwapError(AutellixError, ValueError):
+    """KV rows cannot be moved as asked (device, dtype, layout, bounds); nothing was moved."""
+
+
+class KernelError(AutellixError):
+    """The swap kernel cannot be compiled, loaded or launched; says what was tried."""
 
 
 class ControlError(AutellixError):

@@ -65,14 +65,14 @@ def ensure_tiny_model(directory: Path | None = None) -> Path:
     Several processes may call this at once: each writes a private directory and the first to rename
     it wins. A directory that exists is complete.
     """
-    parent = directory if directory is not None else _cache_directory()
+    parent = directory if directory is not None else cache_directory()
     target = parent / f"tiny-llama-{VERSION}"
     if not target.is_dir():
         _write_atomically(target)
     return target
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
     """`autellix_sglang` in the user's cache, or in the temporary directory if that is read-only."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autellix_sglang"
     try:
