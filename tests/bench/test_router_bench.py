@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("zmq")
 
 from autellix_sglang.router.testing import BLOCK_TOKENS, Job, StepEngine, Timing
-from bench import router, synthetic
+from bench import router, routing_overhead, synthetic
 from bench.replay import poisson_arrivals
 from bench.routing import POLICY_NAMES, Simulation
 
@@ -58,3 +58,17 @@ def test_placement_ends_in_a_table_and_one_line_of_json(capsys):
     assert len(result["results"]) == len(router.KINDS) * len(POLICY_NAMES) == len(table) - 2
     assert {"command", "commit", "hardware", "versions", "seconds"} <= result.keys()
     assert result["results"][0]["autellix_over_this"] == 1
+
+
+def test_overhead_is_measured_on_real_processes(monkeypatch):
+    """Router and replica are started, and calls and streams pass through them."""
+    monkeypatch.setattr(routing_overhead, "CALLERS", 2)
+    monkeypatch.setattr(routing_overhead, "OPEN_STREAMS", 3)
+    monkeypatch.setattr(routing_overhead.importlib.util, "find_spec", lambda name: None)
+    result = routing_overhead.measure(0.2)
+    assert result["peer"] is None
+    assert {"ttft_p50_ms", "ttft_p99_ms", "calls_per_s", "frames_per_s"} <= result[
+        "overhead"
+    ].keys()
+    assert result["overhead"]["calls_per_s"] > 0
+    assert result["overhead"]["frames_per_s"] > 0
