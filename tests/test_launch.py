@@ -51,6 +51,9 @@ UNSUPPORTED = {
     "--decoupled-spec-role": {"decoupled_spec_role": "drafter"},
     "--enable-pdmux": {"enable_pdmux": True},
     "--enable-hisparse": {"enable_hisparse": True},
+    "--enable-hierarchical-cache": {"enable_hierarchical_cache": True},
+    "--enable-lora": {"enable_lora": True},
+    "--lora-paths": {"lora_paths": ["a=b"]},
     "--enable-lmcache": {"enable_lmcache": True},
     "--enable-flexkv": {"enable_flexkv": True},
     "--radix-cache-backend": {"radix_cache_backend": "mine"},
@@ -205,7 +208,7 @@ def test_rust_server_stops_the_launch():
 
 def test_supported_modes_pass():
     """Tensor parallelism and everything else that is not in the table goes on."""
-    support.check(Arguments(tp_size=8, enable_mixed_chunk=True, enable_lora=True), {})
+    support.check(Arguments(tp_size=8, enable_mixed_chunk=True), {})
 
 
 def test_table_names_real_fields():
