@@ -23,6 +23,13 @@ CHAT_REPLY = {
         {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "hi"}}
     ],
 }  # fmt: skip
+GENERATE_REPLY = {
+    "text": " hi",
+    "meta_info": {
+        "prompt_tokens": 5, "output_token_logprobs": [],
+        "input_token_logprobs": [[-1.0, 3, " a"], [-2.0, 4, " b"]],
+    },
+}  # fmt: skip
 MESSAGES_REPLY = {
     "id": "1", "type": "message", "role": "assistant", "model": "m", "stop_reason": "end_turn",
     "content": [{"type": "text", "text": "hi"}], "usage": {"input_tokens": 1, "output_tokens": 1},
@@ -63,6 +70,15 @@ class Recorder:
         return [(s.method, s.url) for s in self.seen if "/v1/programs" in s.url]
 
 
+def _reply(path: str, body: Any) -> Any:
+    if path == "/get_model_info":
+        return {"model_path": "m"}
+    if path == "/generate":
+        is_batch = isinstance(body.get("text"), list)
+        return [GENERATE_REPLY] * len(body["text"]) if is_batch else GENERATE_REPLY
+    return MESSAGES_REPLY if "messages" in path else CHAT_REPLY
+
+
 def _handler(recorder: Recorder) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -80,7 +96,7 @@ def _handler(recorder: Recorder) -> type[BaseHTTPRequestHandler]:
             )
             status = recorder.status.get(path, 200)
             target = recorder.redirects.get(self.path)
-            reply = json.dumps(MESSAGES_REPLY if "messages" in path else CHAT_REPLY).encode()
+            reply = json.dumps(_reply(path, recorder.seen[-1].body)).encode()
             self.send_response(307 if target else status)
             if target:
                 self.send_header("location", target)

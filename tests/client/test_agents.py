@@ -6,14 +6,12 @@ and the fields of the body, with the text cut short.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from autellix_sglang.identity import BodyIdentity, CallTag, HeaderIdentity
-from tests.engine.conftest import Engine
 
 SESSION = "0198c7f0-5a2e-7c31-9d1b-3f5f2f6f9a10"
 
@@ -110,24 +108,3 @@ def test_an_agents_headers_name_its_session(shape: Shape) -> None:
     header = HeaderIdentity.from_headers(shape.headers)
     tag = CallTag.resolve(header, BodyIdentity.from_body(), "rid")
     assert tag == CallTag(program_id=SESSION, call_id="rid")
-
-
-@pytest.mark.engine
-@SHAPES
-def test_an_agents_requests_are_one_program(
-    engine: Engine, shape: Shape, request: pytest.FixtureRequest
-) -> None:
-    """Two requests of a session are two calls of one program, another session is another."""
-    own, other = f"{SESSION}-{request.node.callspec.id}", "another"
-
-    def send(session: str) -> None:
-        headers = {k: v.replace(SESSION, session) for k, v in shape.headers.items()}
-        body = json.loads(json.dumps(shape.body).replace(SESSION, session))
-        status, answered, reply = engine.request(shape.path, body, headers)
-        assert status == 200, reply
-        assert answered["x-program-id"] == session
-
-    send(own)
-    send(other)
-    send(own)
-    assert engine.request(f"/v1/programs/{own}")[2]["num_calls"] == 2
