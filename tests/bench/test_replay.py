@@ -138,7 +138,7 @@ def test_the_request_asks_for_exactly_the_recorded_tokens():
 
 def test_programs_start_at_their_arrival_times():
     """Arrivals are kept whatever the server does: nobody waits for a program that is slow."""
-    fake = FakeServer(slots=1, token_s=0.1)
+    fake = FakeServer(slots=1, token_s=0.4)
     arrivals = [0.0, 0.05, 0.1]
 
     run = run_against(fake, WIDE, WIDE, WIDE, arrivals=arrivals)

@@ -8,9 +8,9 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import pytest
@@ -77,6 +77,15 @@ class Truth:
                 before = end
         called = [end for end in ends if end != before]
         return frozenset().union(*called) if called else before
+
+
+T = TypeVar("T")
+
+
+def _run(main: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run` on asyncio's own loop, whatever policy another library has set by now."""
+    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+        return runner.run(main)
 
 
 class Lab:
@@ -165,7 +174,7 @@ class Lab:
 
     def _run_one_sync(self, kind: str, part: tuple[Node, str]) -> None:
         if kind == "run":
-            asyncio.run(self.run_async(*part))
+            _run(self.run_async(*part))
         elif kind == "thread":
             with current_program().thread():
                 self.run_sync(*part)
@@ -222,7 +231,7 @@ def test_parents_in_asyncio_are_the_true_ones(node: Node, seed: int) -> None:
             await lab.run_async(node, "r")
         return running.id
 
-    lab.check(node, asyncio.run(main()))
+    lab.check(node, _run(main()))
 
 
 @SETTINGS
