@@ -3,9 +3,11 @@
     python -m bench.serve --quick
     python -m bench.serve --policies off,mlfq,plas --trace F --trace G --programs 40 --load 0.9
 
-One server per policy is started with identical flags and kept alive; idle ones sleep. The same
-programs are replayed against each in turn (A B C, A B C, ... with `--repeat`), with the prefix
-cache emptied before each run. Medians over repeats are reported, and ratios to the first policy.
+Servers are started with identical flags and kept alive; idle ones sleep. One serves all of our
+policies, switched between runs (`PATCH /program_config`); each of SGLang's own orders has its own:
+`off` (SGLang untouched: first come, first served), `lpm` and `hrrn`. The same programs are replayed
+under each policy in turn (A B C, A B C, ... with `--repeat`), with the prefix cache emptied before
+each run. Medians over repeats are reported, and ratios to the first policy.
 
 Load: `--rate` sets programs per second; `--load L` sets it relative to what the engine can do. For
 that the server of policy `off` (else the first) is first kept saturated for a few seconds by a
@@ -26,7 +28,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +39,7 @@ from autellix_sglang.config import ProgramConfig
 from bench import report, stats, synthetic, trace
 from bench.common import CpuMeter, Progress, format_table, print_result, provenance, say
 from bench.replay import ReplayOptions, poisson_arrivals, recorded_arrivals, replay
-from bench.server import Server, ServerError, flush_cache, policy_servers, server_info
+from bench.server import Endpoint, ServerError, flush_cache, policy_servers, server_info
 from bench.stats import Run
 from bench.trace import Mix, TraceProgram
 
@@ -83,7 +85,8 @@ class ServeOptions:
 
     policies: tuple[str, ...] = _option(
         ("off", ProgramConfig().policy),
-        "policies to compare, comma separated; ratios are to the first",
+        "policies to compare, comma separated (off, lpm and hrrn are SGLang's own orders); ratios"
+        " are to the first",
         type=_names,
         metavar="P,P",
     )
@@ -147,7 +150,7 @@ class ServeOptions:
 
     @property
     def server_flags(self) -> tuple[str, ...]:
-        """The flags every server gets, whatever its policy."""
+        """The flags every server gets, whatever it serves."""
         return ("--max-running-requests", str(self.max_running_requests), *self.server_args)
 
     @property
@@ -362,20 +365,16 @@ def make_arrivals(
 
 
 def run_all(
-    endpoints: Mapping[str, str],
-    servers: Mapping[str, Server],
-    mix: Mix,
-    options: ServeOptions,
-    rate: float,
+    endpoints: Mapping[str, Endpoint], mix: Mix, options: ServeOptions, rate: float
 ) -> dict[str, list[Run]]:
     """Every repeat of every policy, alternating, so that a drift of the machine hits all alike."""
     runs: dict[str, list[Run]] = {policy: [] for policy in endpoints}
     for repeat in range(options.repeat):
         arrivals = make_arrivals(mix.programs, options, rate, repeat)
-        for policy, base_url in endpoints.items():
-            server = servers.get(policy)
+        for policy, endpoint in endpoints.items():
+            server = endpoint.server
             meter = CpuMeter([os.getpid(), server.pid]) if server else None
-            run = run_one(policy, base_url, mix, arrivals, options, repeat)
+            run = run_one(endpoint, mix, arrivals, options, repeat)
             if server and meter:
                 server.check_alive()
                 run = dataclasses.replace(run, foreign_cores=meter.foreign_cores())
@@ -384,18 +383,16 @@ def run_all(
 
 
 def run_one(
-    policy: str,
-    base_url: str,
-    mix: Mix,
-    arrivals: Sequence[float],
-    options: ServeOptions,
-    repeat: int,
+    endpoint: Endpoint, mix: Mix, arrivals: Sequence[float], options: ServeOptions, repeat: int
 ) -> Run:
-    """One replay against one server, from an empty prefix cache."""
-    flush_cache(base_url)
+    """One replay under one policy, from an empty prefix cache."""
+    policy = endpoint.policy
+    flush_cache(endpoint.base_url)
+    endpoint.select()
     label = f"{policy} {repeat + 1}/{options.repeat}"
     num_calls = sum(len(program.calls) for program in mix.programs)
-    replay_options = _replay_options(base_url, f"r{repeat}", options)
+    # Policies may share a server, on which program ids must not return.
+    replay_options = _replay_options(endpoint.base_url, f"{policy}-r{repeat}", options)
     with Progress(label, num_calls, bar=options.progress or None) as progress:
         run = asyncio.run(
             replay(policy, mix.programs, arrivals, replay_options, lambda call: progress.advance())
@@ -407,10 +404,10 @@ def run_one(
     return run
 
 
-def warm_up(endpoints: Mapping[str, str], mix: Mix, options: ServeOptions) -> None:
+def warm_up(base_urls: Iterable[str], mix: Mix, options: ServeOptions) -> None:
     """A few calls to every server, so that no policy pays for what happens only once."""
     programs = [trace.truncate(program, 3) for program in mix.programs[:4]]
-    for base_url in endpoints.values():
+    for base_url in base_urls:
         warm = dataclasses.replace(_replay_options(base_url, "warm", options), gap_scale=0.0)
         asyncio.run(replay("warm-up", programs, [0.0] * len(programs), warm))
 
@@ -508,28 +505,29 @@ def _ratio_row(entry: Mapping[str, Any], baseline: str) -> list[object]:
 
 
 @contextmanager
-def open_servers(options: ServeOptions) -> Iterator[tuple[dict[str, str], dict[str, Server]]]:
-    """The base URL of each policy, and those servers that are ours (stopped at the end)."""
-    given = dict(options.base_url)
+def open_endpoints(options: ServeOptions) -> Iterator[dict[str, Endpoint]]:
+    """Where each policy is served: as told, else by servers of ours, stopped at the end."""
+    given = {policy: Endpoint(policy, url) for policy, url in options.base_url}
     wanted = [policy for policy in options.policies if policy not in given]
     if wanted:
-        say(f"starting servers: {', '.join(wanted)}")
-    with policy_servers(wanted, options.server_flags) as servers:
-        urls = given | {policy: server.base_url for policy, server in servers.items()}
-        yield {policy: urls[policy] for policy in options.policies}, servers
+        say(f"starting servers for: {', '.join(wanted)}")
+    with policy_servers(wanted, options.server_flags) as started:
+        known = given | started
+        yield {policy: known[policy] for policy in options.policies}
 
 
 def benchmark(options: ServeOptions) -> tuple[dict[str, Any], dict[str, list[Run]]]:
     """Run everything; returns the result and the runs it was made of."""
     corpora = load_corpora(options)
-    with open_servers(options) as (endpoints, servers):
+    with open_endpoints(options) as endpoints:
         baseline = endpoints.get("off", endpoints[options.policies[0]])
-        limits = read_limits(baseline, options)
+        limits = read_limits(baseline.base_url, options)
         mix = sample_workload(corpora, options, limits)
-        warm_up(endpoints, mix, options)
-        offered = offered_load(baseline, mix, options, limits)
+        warm_up({endpoint.base_url for endpoint in endpoints.values()}, mix, options)
+        baseline.select()
+        offered = offered_load(baseline.base_url, mix, options, limits)
         say(_announcement(mix, offered))
-        runs = run_all(endpoints, servers, mix, options, offered.rate)
+        runs = run_all(endpoints, mix, options, offered.rate)
     return make_result(runs, mix, options, offered), runs
 
 

@@ -1,6 +1,8 @@
 """Start the servers under test, wait for them, read their state, and stop exactly them.
 
-A server is `python -m autellix_sglang.launch --program-policy P` in a process group of its own.
+A server is `python -m autellix_sglang.launch --program-policy P` in a process group of its own. One
+serves all of our policies (`PATCH /program_config` changes the policy of a live server); each of
+SGLang's own orders (`STOCK`) needs a server to itself.
 Its log goes to a file whose tail is shown if it dies. Several may be started at once; idle ones
 sleep (`--sleep-on-idle`) and one thread each (`OMP_NUM_THREADS=1`) keeps them off each other's
 cores. They run with `--enable-metrics`, the only way to learn a call's queueing time from stock
@@ -21,6 +23,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,6 +35,11 @@ STOP_TIMEOUT_S = 10.0
 POLL_S = 0.25
 LOG_TAIL_LINES = 40
 COMMON_FLAGS = ("--host", "127.0.0.1", "--sleep-on-idle", "--enable-metrics")
+# SGLang untouched, by the name that benchmarks give to its order of waiting calls.
+STOCK: Mapping[str, tuple[str, ...]] = {
+    "off": (),
+    **{name: ("--schedule-policy", name) for name in ("lpm", "hrrn")},
+}
 
 
 class ServerError(RuntimeError):
@@ -40,8 +48,10 @@ class ServerError(RuntimeError):
 
 def launch_command(policy: str, port: int, flags: Sequence[str] = ()) -> list[str]:
     """The command that starts a server; `flags` come last, so they win over ours."""
-    launch = [sys.executable, "-m", "autellix_sglang.launch", "--program-policy", policy]
-    return [*launch, "--port", str(port), *COMMON_FLAGS, *flags]
+    stock = STOCK.get(policy)
+    program_policy = policy if stock is None else "off"
+    launch = [sys.executable, "-m", "autellix_sglang.launch", "--program-policy", program_policy]
+    return [*launch, "--port", str(port), *COMMON_FLAGS, *(stock or ()), *flags]
 
 
 def free_port() -> int:
@@ -153,22 +163,53 @@ def _signal_group(group: int, number: int) -> bool:
     return True
 
 
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a policy is served. `server` is None where the server is not ours.
+
+    `is_shared` is True where one server serves several policies, one at a time.
+    """
+
+    policy: str
+    base_url: str
+    server: Server | None = None
+    is_shared: bool = False
+
+    def select(self) -> None:
+        """Make the server run this policy, where it may be running another."""
+        if self.is_shared:
+            set_policy(self.base_url, self.policy)
+
+
 @contextmanager
 def policy_servers(
     policies: Sequence[str], flags: Sequence[str] = ()
-) -> Iterator[dict[str, Server]]:
-    """One server per policy with identical flags, started side by side, stopped at the end."""
+) -> Iterator[dict[str, Endpoint]]:
+    """An endpoint per policy, on servers with identical flags, stopped at the end.
+
+    They are started side by side: one for each of `STOCK`, one for all other policies together.
+    """
+    ours = [policy for policy in policies if policy not in STOCK]
+    started = [policy for policy in policies if policy in STOCK or policy == ours[0]]
     directory = Path(tempfile.mkdtemp(prefix="autellix-bench-"))
     with ExitStack() as stack:
         servers: dict[str, Server] = {}
-        for policy in policies:
+        for policy in started:
             port = free_port()
             servers[policy] = Server(policy, launch_command(policy, port, flags), port, directory)
             stack.callback(servers[policy].stop)
             servers[policy].start()
         for server in servers.values():
             server.wait_ready()
-        yield servers
+        yield {
+            policy: _endpoint(policy, servers[policy if policy in STOCK else ours[0]], len(ours))
+            for policy in policies
+        }
+
+
+def _endpoint(policy: str, server: Server, num_ours: int) -> Endpoint:
+    is_shared = policy not in STOCK and num_ours > 1
+    return Endpoint(policy, server.base_url, server, is_shared)
 
 
 # --- asking a server, ours or not ---------------------------------------------------------------
@@ -191,6 +232,15 @@ def server_info(base_url: str) -> Mapping[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
+def set_policy(base_url: str, policy: str) -> None:
+    """Change the policy of a live program server; raises `ServerError` where it is refused."""
+    body = json.dumps({"policy": policy}).encode()
+    try:
+        _request(f"{base_url}/program_config", method="PATCH", body=body)
+    except OSError as error:
+        raise ServerError(f"{base_url}/program_config: {policy!r}: {error}") from error
+
+
 def flush_cache(
     base_url: str, timeout_s: float = 30.0, sleep: Callable[[float], None] = time.sleep
 ) -> None:
@@ -207,8 +257,11 @@ def flush_cache(
         sleep(POLL_S)
 
 
-def _request(url: str, method: str = "GET", timeout_s: float = 30.0) -> bytes:
-    request = urllib.request.Request(url, method=method)
+def _request(
+    url: str, method: str = "GET", timeout_s: float = 30.0, body: bytes | None = None
+) -> bytes:
+    headers = {} if body is None else {"content-type": "application/json"}
+    request = urllib.request.Request(url, method=method, data=body, headers=headers)
     with urllib.request.urlopen(request, timeout=timeout_s) as response:
-        body: bytes = response.read()
-    return body
+        reply: bytes = response.read()
+    return reply

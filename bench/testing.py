@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -49,6 +52,7 @@ class FakeServer:
     fail: Callable[[FakeCall], int] = lambda call: 200
     calls: list[FakeCall] = field(default_factory=list)
     ended_programs: list[str] = field(default_factory=list)
+    config_changes: list[Mapping[str, Any]] = field(default_factory=list)
 
     @asynccontextmanager
     async def listen(self) -> AsyncIterator[str]:
@@ -57,6 +61,8 @@ class FakeServer:
         application = web.Application(client_max_size=2**26)
         application.router.add_post("/generate", self._generate)
         application.router.add_delete("/v1/programs/{id}", self._end_program)
+        application.router.add_patch("/program_config", self._configure)
+        application.router.add_post("/flush_cache", _nothing_to_do)
         runner = web.AppRunner(application)
         await runner.setup()
         try:
@@ -66,6 +72,24 @@ class FakeServer:
             yield f"http://{host}:{port}"
         finally:
             await runner.cleanup()
+
+    @contextmanager
+    def listen_in_thread(self) -> Iterator[str]:
+        """The same for callers without an event loop; yields the base URL."""
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever)
+        thread.start()
+        listening = self.listen()
+        try:
+            url = _run_on(loop, listening.__aenter__())
+            try:
+                yield url
+            finally:
+                _run_on(loop, listening.__aexit__(None, None, None))
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -103,6 +127,18 @@ class FakeServer:
     async def _end_program(self, request: web.Request) -> web.Response:
         self.ended_programs.append(request.match_info["id"])
         return web.Response(status=404, text="stock SGLang has no such route")
+
+    async def _configure(self, request: web.Request) -> web.Response:
+        self.config_changes.append(await request.json())
+        return web.json_response({})
+
+
+async def _nothing_to_do(request: web.Request) -> web.Response:
+    return web.Response()
+
+
+def _run_on(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run_coroutine_threadsafe(coroutine, loop).result(timeout=60)
 
 
 async def _stream(request: web.Request, reply: Mapping[str, Any]) -> web.StreamResponse:

@@ -8,7 +8,7 @@ import pytest
 
 from bench import serve, synthetic
 from bench.replay import ReplayOptions, replay
-from bench.server import ServerError
+from bench.server import Endpoint, ServerError
 from bench.stats import CallRecord, Outcome, ProgramRecord, Run
 from bench.testing import FakeServer
 from bench.trace import sample
@@ -126,6 +126,21 @@ async def test_the_result_has_the_keys_of_the_contract(capsys):
     assert len(result["runs"]) == 4
     assert result["identical_outputs"] is True
     assert len(serve.result_table(result).splitlines()) == 5
+
+
+def test_policies_on_one_server_are_selected_before_each_of_their_runs():
+    """Runs alternate, each selects its policy, and no program id comes twice."""
+    mix = sample(synthetic.corpora("react", 2, 0), 2, 0, factor=0.05, max_calls=2)
+    options = serve.parse_options(["--policies", "mlfq,plas", "--repeat", "2"])
+    fake = FakeServer()
+
+    with fake.listen_in_thread() as url:
+        endpoints = {p: Endpoint(p, url, is_shared=True) for p in options.policies}
+        runs = serve.run_all(endpoints, mix, options, rate=1000.0)
+
+    assert [change["policy"] for change in fake.config_changes] == ["mlfq", "plas"] * 2
+    assert {policy: len(repeats) for policy, repeats in runs.items()} == {"mlfq": 2, "plas": 2}
+    assert len({call.headers["x-program-id"] for call in fake.calls}) == 2 * 2 * 2
 
 
 def test_a_missing_trace_ends_before_servers_are_started(monkeypatch, capsys):

@@ -30,6 +30,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         self.answer(refusals.pop() if refusals else 200)
 
+    def do_PATCH(self):
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        print("patched", self.path, body, flush=True)
+        self.answer(400 if "nonsense" in body else 200)
+
     def log_message(self, *args):
         pass
 
@@ -127,3 +132,50 @@ def test_servers_differ_only_in_policy_and_port():
     assert differing == [("off", "plas"), ("1", "2")]
     assert commands[0][-2:] == ["--x", "1"]
     assert Path(commands[0][0]).name.startswith("python")
+
+
+def test_stock_orders_are_sglang_flags_with_our_scheduler_off():
+    """`lpm` and `hrrn` are SGLang's own; the program policy is off for them."""
+    command = server.launch_command("hrrn", 1)
+
+    assert command[command.index("--program-policy") + 1] == "off"
+    assert command[command.index("--schedule-policy") + 1] == "hrrn"
+
+
+def test_our_policies_share_one_server_and_are_selected_on_it(monkeypatch):
+    """Four policies need two servers: stock SGLang's own, and one switched between ours."""
+    launched = []
+
+    def launch(policy, port, flags):
+        launched.append(policy)
+        return [sys.executable, "-c", SCRIPT, str(port)]
+
+    monkeypatch.setattr(server, "launch_command", launch)
+
+    with server.policy_servers(["off", "mlfq", "plas"]) as endpoints:
+        for endpoint in endpoints.values():
+            endpoint.select()
+        off, mlfq, plas = endpoints.values()
+        assert plas.server is mlfq.server
+        assert mlfq.base_url == plas.base_url != off.base_url
+        assert "patched" not in off.server.log_path.read_text()
+        assert plas.server.log_path.read_text().split("\n")[1:3] == [
+            'patched /program_config {"policy": "mlfq"}',
+            'patched /program_config {"policy": "plas"}',
+        ]
+        with pytest.raises(ServerError, match="nonsense"):
+            server.set_policy(plas.base_url, "nonsense")
+
+    assert launched == ["off", "mlfq"]
+
+
+def test_a_policy_alone_on_its_server_is_not_switched(monkeypatch):
+    """A server started with its only policy is left as it is, stock or ours."""
+    monkeypatch.setattr(
+        server, "launch_command", lambda _, port, __: [sys.executable, "-c", SCRIPT, str(port)]
+    )
+
+    with server.policy_servers(["lpm", "plas"]) as endpoints:
+        for endpoint in endpoints.values():
+            endpoint.select()
+            assert "patched" not in endpoint.server.log_path.read_text()
