@@ -16,6 +16,9 @@ that are printable in the sense of `str.isprintable` (any script, no control cha
 breaks) with no space at either end. Header bytes are read as UTF-8, or as latin-1 where they are
 not valid UTF-8.
 
+Parents are a list of ids, and an empty list says something: the call waited for none. Who sends no
+list has not told.
+
 Tenants. On a server without API keys the tenant is what `x-tenant-id` says, or "". On a server
 with keys it is the name of the key that the request carries ("open" for none, where the server
 lets that pass), and `x-tenant-id` only divides it further: "api", "api/alice". A key's name has no
@@ -142,7 +145,7 @@ class CallTag:
     program_id: str
     call_id: str
     thread_id: str = ""
-    parent_call_ids: tuple[str, ...] = ()
+    parent_call_ids: tuple[str, ...] | None = None  # (): it has none; None: not told
     ends_program: bool = False
     tenant: str = ""
     anonymous: bool = False
@@ -165,24 +168,27 @@ class CallTag:
             program_id=named or rid,
             call_id=header.call_id or body.call_id or rid,
             thread_id=header.thread_id or body.thread_id or "",
-            parent_call_ids=_first(header.parent_call_ids, body.parent_call_ids, ()),
+            parent_call_ids=(
+                body.parent_call_ids if header.parent_call_ids is None else header.parent_call_ids
+            ),
             ends_program=_first(header.ends_program, body.ends_program, False),
             tenant=header.tenant,
             anonymous=named is None,
             now_s=now_s,
         )
 
-    def to_wire(self) -> dict[str, str | bool | float]:
+    def to_wire(self) -> dict[str, str | bool | float | None]:
         """A flat dictionary of scalars.
 
         SGLang's typed decoder (SGLANG_USE_PICKLE_IPC=0) takes nothing deeper here. Parents are
         joined by line breaks, which no id contains.
         """
+        parents = self.parent_call_ids
         return {
             "program": self.program_id,
             "thread": self.thread_id,
             "call": self.call_id,
-            "parents": "\n".join(self.parent_call_ids),
+            "parents": None if parents is None else "\n".join(parents),
             "end": self.ends_program,
             "tenant": self.tenant,
             "anonymous": self.anonymous,
@@ -192,11 +198,16 @@ class CallTag:
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> CallTag:
         """Inverse of `to_wire`."""
+        parents = wire["parents"]
         return cls(
             program_id=wire["program"],
             thread_id=wire["thread"],
             call_id=wire["call"],
-            parent_call_ids=tuple(wire["parents"].split("\n")) if wire["parents"] else (),
+            parent_call_ids=tuple(parents.split("\n"))
+            if parents
+            else None
+            if parents is None
+            else (),
             ends_program=wire["end"],
             tenant=wire["tenant"],
             anonymous=wire["anonymous"],
@@ -229,9 +240,9 @@ def parse_id(field: str, value: object) -> str:
 
 
 def parse_ids(field: str, value: object) -> tuple[str, ...]:
-    """Ids from a comma-separated string or a list, without repetition, in order."""
+    """Ids from a comma-separated string or a list, without repetition, in order; maybe none."""
     if isinstance(value, str):
-        items: list[Any] = [item.strip(" \t") for item in value.split(",")]
+        items: list[Any] = [item.strip(" \t") for item in value.split(",")] if value else []
     elif isinstance(value, list):
         items = value
     else:
@@ -267,7 +278,8 @@ def _known_headers(headers: Mapping[str, str] | RawHeaders) -> dict[str, str]:
             continue
         value = _text(raw_value).strip(" \t")
         if name in found and name == PARENTS_HEADER:
-            value = f"{found[name]},{value}"  # a list may be split over several lines
+            # A list may be split over several lines.
+            value = ",".join(part for part in (found[name], value) if part)
         elif name in _OWN_HEADERS and found.get(name, value) != value:
             raise IdentityError(name, "is given more than once with different values")
         elif name in found:

@@ -295,10 +295,9 @@ class _ProgramReplay:
             "x-program-id": self._id,
             "x-thread-id": _safe(call.thread),
             "x-call-id": self._call_id(call.id),
+            # Empty for a root, which says that it has none.
+            "x-parent-call-ids": ",".join(map(self._call_id, self._waits[call.id])),
         }
-        waits = self._waits[call.id]
-        if waits:
-            headers["x-parent-call-ids"] = ",".join(self._call_id(other) for other in waits)
         if len(self._records) == len(self._program.calls) - 1:
             headers["x-program-end"] = "1"
         return headers

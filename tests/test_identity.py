@@ -191,7 +191,7 @@ def test_raw_asgi_headers_are_decoded():
 
 def test_header_given_twice():
     """Lists add up over repeated headers, equal ids may repeat, and different ids contradict."""
-    raw = [(b"x-parent-call-ids", b"a"), (b"x-parent-call-ids", b"b"), (b"x-call-id", b"c")]
+    raw = [(b"x-parent-call-ids", ids) for ids in (b"a", b"", b"b")] + [(b"x-call-id", b"c")]
     identity = HeaderIdentity.from_headers([*raw, (b"x-call-id", b"c")])
     assert (identity.parent_call_ids, identity.call_id) == (("a", "b"), "c")
     with pytest.raises(IdentityError, match="x-call-id: is given more than once"):
@@ -221,4 +221,21 @@ def test_wire_round_trip():
     wire = tag.to_wire()
     assert CallTag.from_wire(wire) == tag
     assert all(isinstance(value, str | bool | float) for value in wire.values())
-    assert CallTag.from_wire(CallTag.anonymous_call("r").to_wire()).parent_call_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("headers", "params", "expected"),
+    [
+        ({}, {}, None),
+        ({"x-parent-call-ids": ""}, {}, ()),
+        ({"x-parent-call-ids": " "}, {"parent_call_ids": ["a"]}, ()),
+        ({}, {"parent_call_ids": []}, ()),
+        ({}, {"parent_call_ids": ""}, ()),
+        ({"x-parent-call-ids": "a"}, {"parent_call_ids": []}, ("a",)),
+    ],
+)
+def test_no_parents_is_not_the_same_as_not_told(headers, params, expected):
+    """An empty list says that the call waited for none, and stays that way on the wire."""
+    tag = resolve(headers, params)
+    assert tag.parent_call_ids == expected
+    assert CallTag.from_wire(tag.to_wire()) == tag

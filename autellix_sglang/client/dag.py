@@ -11,12 +11,17 @@ the child threads that ended) leads up to. A new call's parents are its thread's
 What is taken away is an ancestor of what is put in its place, so parents are direct ones. A child
 is joined when it has ended, at its parent's next call or fork: nothing need be told who waits for
 whom, and a child that still runs is nobody's parent. No clock, no I/O; safe for any OS thread.
+
+A thread's id is settled at its first call. A child that was forked for its own sake gets a new one;
+a child that only runs what its parent waits for (libraries make a task of each call) goes on under
+its parent's, so that a chain of calls through such a library is one thread.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -52,6 +57,7 @@ class Call:
     """One call from its issue to its completion; a failed call is just never completed."""
 
     call_id: str
+    thread_id: str
     parents: Frontier
     thread: Thread = field(repr=False)
     is_completed: bool = False
@@ -70,8 +76,8 @@ class Thread:
     """
 
     __slots__ = (
-        "_children", "_fork", "_frontier", "_group", "_is_ended", "_is_over", "_is_registered",
-        "_parent", "dag", "thread_id",
+        "__weakref__", "_children", "_fork", "_forks", "_frontier", "_group", "_is_awaited",
+        "_is_ended", "_is_over", "_is_registered", "_last", "_parent", "dag", "thread_id",
     )  # fmt: skip
 
     def __init__(
@@ -88,6 +94,9 @@ class Thread:
         self._frontier: Frontier = () if parent is None else parent._frontier
         self._fork = self._frontier
         self._children: list[Thread] = []  # those that have called and were not joined yet
+        self._forks: weakref.WeakSet[Thread] | None = None  # all children, also silent ones
+        self._last: Call | None = None
+        self._is_awaited: Callable[[], bool] | None = None
         self._is_registered = parent is None
         self._is_ended = False
         self._is_over: Callable[[], bool] | None = None
@@ -109,7 +118,12 @@ class Thread:
     def name(self) -> str:
         """Its id, given at its first call so that tasks which never call use none up."""
         if self.thread_id is None:
-            self.thread_id = self.dag.next_thread_id()
+            parent = self._parent
+            if parent is not None and self._continues(parent):
+                self.thread_id = parent.name()
+            else:
+                self.thread_id = self.dag.next_thread_id()
+            self._is_awaited = None
         return self.thread_id
 
     def fork(self, thread_id: str | None = None, group: object | None = None) -> Thread:
@@ -121,7 +135,11 @@ class Thread:
         with self.dag.lock:
             self._join_ended(group)
             self._parent = self._living_parent()  # a chain of tasks must not be a chain of memory
-            return Thread(self.dag, self, thread_id, group)
+            child = Thread(self.dag, self, thread_id, group)
+            if self._forks is None:
+                self._forks = weakref.WeakSet()
+            self._forks.add(child)
+            return child
 
     def join(self, child: Thread) -> None:
         """Wait for what a child has completed so far; it may go on after that."""
@@ -136,13 +154,22 @@ class Thread:
         """It has ended once `is_over()`; asked at the parent's calls and forks."""
         self._is_over = is_over
 
+    def continue_if(self, is_awaited: Callable[[], bool]) -> None:
+        """Go on under the parent's id if `is_awaited()` and it is the only child that calls.
+
+        `is_awaited` says whether the parent waits for this thread and does nothing else until it
+        has ended; it is asked once, at the first call.
+        """
+        self._is_awaited = is_awaited
+
     def issue(self) -> Call:
         """A new call of this thread, with its parents (the latest, if they are too many)."""
         with self.dag.lock:
             self._join_ended()
             self._register()
-            self.name()
-            return Call(self.dag.next_call_id(), self._frontier[-MAX_PARENTS:], self)
+            parents = self._frontier[-MAX_PARENTS:]
+            self._last = Call(self.dag.next_call_id(), self.name(), parents, self)
+            return self._last
 
     def completed(self, call: Call) -> None:
         with self.dag.lock:
@@ -151,6 +178,13 @@ class Thread:
     def _advance(self, ancestors: Frontier, calls: Frontier) -> None:
         gone = {*ancestors, *calls}
         self._frontier = (*(c for c in self._frontier if c not in gone), *calls)
+
+    def _continues(self, parent: Thread) -> bool:
+        """Whether its calls carry on the parent's chain, alone and with nothing of it in flight."""
+        if self._is_awaited is None or not self._is_awaited():
+            return False
+        siblings = {*parent._children, *(f for f in parent._forks or () if not f.is_ended)}
+        return siblings <= {self} and (parent._last is None or parent._last.is_completed)
 
     def _join_ended(self, but_group: object | None = None) -> None:
         if self._children:

@@ -183,7 +183,7 @@ def ids_of(call: Call) -> dict[str, Any]:
     """The identity of a call as body fields (DESIGN section 5)."""
     return {
         "program_id": program_of(call.thread).id,
-        "thread_id": call.thread.name(),
+        "thread_id": call.thread_id,
         "call_id": call.call_id,
         "parent_call_ids": list(call.parents),
     }

@@ -1,7 +1,7 @@
 """Programs: `with program("name"):`, `@program`, explicit threads, and what carries them along.
 
 The running thread of the running program is one context variable. Context variables follow
-coroutines, `asyncio.to_thread` and callbacks by themselves; `tasks.py` forks a thread for each new
+coroutines, `asyncio.to_thread` and callbacks by themselves; `fork_task` forks a thread for each new
 asyncio task, and `carry` or `ThreadPool` do so for OS threads, which Python gives no context.
 """
 
@@ -290,9 +290,29 @@ def fork_task(
     child = here.fork()
     context = copy_context()
     context.run(_current.set, child)
+    parent = _running_task()
     task = create(coroutine, **{**kwargs, "context": context})
     child.end_when(task.done)
+    if parent is not None:
+        child.continue_if(functools.partial(_waits_for, parent, task))
     return task
+
+
+def _running_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # the task is made for a loop that is not running yet
+        return None
+
+
+def _waits_for(parent: asyncio.Task[Any], task: asyncio.Task[Any]) -> bool:
+    """Whether a task is suspended until another one is done: by `await task` or by `gather`.
+
+    asyncio tells this in private attributes only. Without them the answer is no, and each task has
+    a thread id of its own.
+    """
+    waiter = getattr(parent, "_fut_waiter", None)
+    return waiter is task or task in getattr(waiter, "_children", ())
 
 
 def _follow_running_loop() -> None:
@@ -339,15 +359,12 @@ def issue_call(
 
 def headers_of(call: Call) -> dict[str, str]:
     """The identity headers of a call (DESIGN section 5)."""
-    thread = call.thread
-    found = {
-        "x-program-id": program_of(thread).id,
-        "x-thread-id": thread.name(),
+    return {
+        "x-program-id": program_of(call.thread).id,
+        "x-thread-id": call.thread_id,
         "x-call-id": call.call_id,
+        "x-parent-call-ids": ",".join(call.parents),  # empty: it has none, which is not "not told"
     }
-    if call.parents:
-        found["x-parent-call-ids"] = ",".join(call.parents)
-    return found
 
 
 @atexit.register

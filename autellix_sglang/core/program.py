@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any, Final
@@ -290,21 +290,25 @@ class ProgramTable:
         is_anonymous: bool = False,
         call_id: str | None = None,
         thread_id: str = "",
-        parent_call_ids: Iterable[str] = (),
+        parent_call_ids: Sequence[str] | None = None,
         ends_program: bool = False,
         handle: Any = None,
     ) -> Call:
         """A new waiting call; without `program_id` it is a program of its own.
 
         An anonymous program, made for one request, goes with its last live call. Parents that are
-        not known are ignored. `rid` must not be live already.
+        not known are ignored. A call whose client says that it has none begins a chain; where that
+        is not told, or none of them is known, it is taken to continue the program's longest.
+        `rid` must not be live already.
         """
         assert rid not in self._calls, f"call {rid} is live already"
         program = self.open_program(tenant, program_id or rid, is_anonymous or not program_id)
-        parents = tuple(p for p in dict.fromkeys(parent_call_ids) if p in program.by_call_id)
+        told = dict.fromkeys(parent_call_ids or ())
+        parents = tuple(parent for parent in told if parent in program.by_call_id)
+        is_root = parent_call_ids is not None and not told
         base = max(
             (call.path for parent in parents for call in program.by_call_id[parent]),
-            default=program.longest_path,
+            default=0.0 if is_root else program.longest_path,
         )
         call = Call(
             program, rid, call_id or rid, thread_id, parents, self._take_seq(), base,

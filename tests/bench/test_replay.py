@@ -86,7 +86,7 @@ def test_headers_name_program_thread_call_and_parents():
     by_call = {call.headers["x-call-id"].rpartition(".")[2]: call.headers for call in fake.calls}
     assert {h["x-program-id"] for h in by_call.values()} == {"r7-0-diamond"}
     assert by_call["1"]["x-thread-id"] == "left"
-    assert "x-parent-call-ids" not in by_call["0"]
+    assert by_call["0"]["x-parent-call-ids"] == ""
     assert by_call["3"]["x-parent-call-ids"] == "r7-0-diamond.1,r7-0-diamond.2"
 
 

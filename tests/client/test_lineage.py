@@ -28,6 +28,8 @@ IN_SYNC = ("seq", "pool", "threads", "thread", "run")
 PARALLEL = frozenset({"gather", "group", "one_by_one", "pool", "threads"})
 # On Python 3.11 asyncio.wait_for makes a task of what it is given.
 FORKS = PARALLEL | {"thread"} | ({"wait_for"} if sys.version_info < (3, 12) else set())
+# A single task that is awaited like this is no fork: the thread waits for it and goes on.
+AWAITED = frozenset({"gather", "one_by_one"})
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,14 @@ class Node:
 
     kind: str = ""
     children: tuple[Node, ...] = ()
+
+    @property
+    def calls(self) -> bool:
+        return not self.kind or any(child.calls for child in self.children)
+
+    @property
+    def forks(self) -> bool:
+        return self.kind in FORKS and not (self.kind in AWAITED and len(self.children) == 1)
 
 
 def nodes(is_async: bool, depth: int) -> st.SearchStrategy[Node]:
@@ -49,6 +59,8 @@ def nodes(is_async: bool, depth: int) -> st.SearchStrategy[Node]:
         inner = (is_async and kind != "to_thread") or kind == "run"
         most = 1 if kind in ("wait_for", "to_thread", "run", "thread") else 4
         children = st.lists(nodes(inner, depth - 1), max_size=most).map(tuple)
+        if kind in AWAITED:  # beside a task without calls it is a matter of time who is alone
+            children = children.map(lambda made: tuple(child for child in made if child.calls))
         return children.map(lambda made: Node(kind, made))
 
     return call | kinds.flatmap(of_kind)
@@ -69,7 +81,7 @@ class Truth:
             return frozenset({label})
         ends = []
         for i, child in enumerate(node.children):
-            own = next(self.num_flows) if node.kind in FORKS else flow
+            own = next(self.num_flows) if node.forks else flow
             end = self.walk(child, f"{label}.{i}", before, own)
             if node.kind in PARALLEL:
                 ends.append(end)

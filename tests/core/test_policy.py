@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -19,7 +20,16 @@ def table_of(policy: str) -> ProgramTable:
     return table_from(ProgramConfig(policy=policy, levels=4, quantum=10, factor=2, beta=0))
 
 
-def serve(table: ProgramTable, rid: str, steps: float, *parents: str, program: str = "p") -> Call:
+Dag = list[tuple[str, float, Sequence[str] | None]]
+
+
+def serve(
+    table: ProgramTable,
+    rid: str,
+    steps: float,
+    parents: Sequence[str] | None = None,
+    program: str = "p",
+) -> Call:
     """Open a call, run it for `steps` and finish it."""
     call = table.open_call(rid, program_id=program, parent_call_ids=parents)
     table.start(call)
@@ -58,7 +68,14 @@ def test_any_allowed_setting_gives_levels(levels: int, quantum: float, factor: f
 
 DIAMOND = [("a", 4, ()), ("b", 3, ("a",)), ("c", 5, ("a",)), ("d", 2, ("b", "c"))]
 LONG_AND_SHORT = [("a", 4, ()), ("b", 9, ("a",)), ("c", 1, ("a",)), ("d", 1, ("c",))]
-NO_PARENTS = [("a", 4, ()), ("b", 3, ()), ("c", 5, ())]
+NO_PARENTS = [("a", 4, None), ("b", 3, None), ("c", 5, None)]
+ROOTS = [("a", 4, ()), ("b", 3, ()), ("c", 5, ())]
+# A fork of three that is joined, and a last call that follows the join.
+WIDE = [
+    ("plan", 4, ()), ("1", 8, ("plan",)), ("2", 8, ("plan",)), ("3", 8, ("plan",)),
+    ("join", 12, ("1", "2", "3")), ("end", 1, ("join",)),
+]  # fmt: skip
+WIDE_UNTOLD = [(rid, steps, None) for rid, steps, _ in WIDE]
 
 
 @pytest.mark.parametrize(
@@ -71,16 +88,18 @@ NO_PARENTS = [("a", 4, ()), ("b", 3, ()), ("c", 5, ())]
         ("atlas", LONG_AND_SHORT, [4, 13, 5, 6]),  # d follows the short branch
         ("atlas", NO_PARENTS, [4, 7, 12]),  # the paper's scalar: the longest chain so far
         ("plas", NO_PARENTS, [4, 7, 12]),
+        ("atlas", ROOTS, [4, 3, 5]),  # each begins a chain of its own, and says so
+        ("atlas", WIDE, [4, 12, 12, 12, 24, 25]),  # not 4, 12, 20, 28, 40, 41: paths, not a sum
+        ("atlas", WIDE_UNTOLD, [4, 12, 20, 28, 40, 41]),
+        ("plas", WIDE, [4, 12, 20, 28, 40, 41]),
     ],
 )
-def test_attained_service(
-    policy: str, dag: list[tuple[str, float, tuple[str, ...]]], expected: list[float]
-) -> None:
+def test_attained_service(policy: str, dag: Dag, expected: list[float]) -> None:
     """Each policy counts what its formula says, on graphs small enough to add up by hand."""
     table = table_of(policy)
     attained = []
     for rid, steps, parents in dag:
-        call = serve(table, rid, steps, *parents)
+        call = serve(table, rid, steps, parents)
         attained.append(POLICIES[policy].attained(call))
     assert attained == expected
 
@@ -89,7 +108,7 @@ def test_atlas_by_parents_beats_the_scalar() -> None:
     """Named parents place a call by its own path, no parents by the program's longest."""
     table = table_of("atlas")
     for rid, steps, parents in LONG_AND_SHORT:
-        serve(table, rid, steps, *parents)
+        serve(table, rid, steps, parents)
     assert table.open_call("e", program_id="p", parent_call_ids=["d"]).base_path == 6
     assert table.open_call("f", program_id="p").base_path == 13
     assert table.open_call("g", program_id="p", parent_call_ids=["d", "b", "d"]).base_path == 13
@@ -101,8 +120,8 @@ def test_plas_is_atlas_on_a_chain(services: list[float]) -> None:
     plas, atlas = table_of("plas"), table_of("atlas")
     for i, steps in enumerate(services):
         parents = [str(i - 1)] if i else []
-        by_work = serve(plas, str(i), steps, *parents)
-        by_path = serve(atlas, str(i), steps, *parents)
+        by_work = serve(plas, str(i), steps, parents)
+        by_path = serve(atlas, str(i), steps, parents)
         assert by_work.level == by_path.level
         attained = POLICIES["plas"].attained(by_work)
         assert POLICIES["atlas"].attained(by_path) == pytest.approx(attained)

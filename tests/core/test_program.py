@@ -172,7 +172,7 @@ def test_samples_share_a_call_id(table: ProgramTable) -> None:
     """Several samples of one request are one node: a child waits for the longest of them."""
     for i, steps in enumerate((5, 9, 7)):
         serve(table, table.open_call(f"a-{i}", program_id="p", call_id="a"), steps)
-    # Samples are siblings that name no parents: each continues the longest chain before it.
+    # These samples do not tell their parents: each continues the longest chain before it.
     longest = 5 + 9 + 7
     child = table.open_call("b", program_id="p", parent_call_ids=["a", "a"])
     assert child.base_path == longest
@@ -186,7 +186,14 @@ def test_unknown_parents_are_ignored(table: ProgramTable) -> None:
     some = table.open_call("b", program_id="p", parent_call_ids=["a", "x", "nobody"])
     none = table.open_call("c", program_id="p", parent_call_ids=["x", "nobody"])
     assert (some.parents, some.base_path) == (("a",), 5)
-    assert (none.parents, none.base_path) == ((), 5)  # as with no parents: the longest chain
+    assert (none.parents, none.base_path) == ((), 5)  # as if not told: the longest chain
+
+
+def test_no_parents_and_unknown_parents_differ(table: ProgramTable) -> None:
+    """A call that says it waited for nothing begins a chain; one that is silent continues one."""
+    serve(table, table.open_call("a", program_id="p"), 5)
+    assert table.open_call("b", program_id="p", parent_call_ids=[]).base_path == 0
+    assert table.open_call("c", program_id="p").base_path == 5
 
 
 def test_a_preempted_call_counts_min_run_from_its_resumption(table: ProgramTable) -> None:
