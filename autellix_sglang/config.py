@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from autellix_sglang.core.policy import POLICIES
 from autellix_sglang.errors import ConfigError
+from autellix_sglang.identity import parse_flag
 
 ENV_VAR: Final = "AUTELLIX_SGLANG_CONFIG"
 OFF: Final = "off"
@@ -49,6 +50,9 @@ class ProgramConfig:
         0.0, "steps that one uncached prefill token costs; 0 measures it at start"
     )
     ttl: float = _setting(600.0, "seconds after its last call when a program is forgotten")
+    infer: bool = _setting(
+        False, "join a call that names no program to the one whose tokens it continues"
+    )
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for the first field whose value cannot work."""
@@ -97,7 +101,7 @@ class ProgramConfig:
 def _require_type(config: ProgramConfig, f: dataclasses.Field[Any]) -> None:
     value, wanted = getattr(config, f.name), type(f.default)
     allowed = (int, float) if wanted is float else (wanted,)
-    if isinstance(value, bool) or not isinstance(value, allowed):
+    if isinstance(value, bool) != (wanted is bool) or not isinstance(value, allowed):
         raise ConfigError(flag_of(f.name), f"{value!r} is not of type {wanted.__name__}")
 
 
@@ -105,6 +109,14 @@ def _require(config: ProgramConfig, name: str, is_ok: bool, allowed: str) -> Non
     value = getattr(config, name)
     if not is_ok or (isinstance(value, float) and not math.isfinite(value)):
         raise ConfigError(flag_of(name), f"{value!r} is not allowed; it must be {allowed}")
+
+
+def parse_setting(name: str, text: str) -> Any:
+    """The value of a field, written as text; raises `ValueError` for what is not of its type."""
+    default = ProgramConfig.__dataclass_fields__[name].default
+    if isinstance(default, bool):
+        return parse_flag(flag_of(name), text)
+    return type(default)(text)
 
 
 def flag_of(name: str) -> str:
@@ -115,13 +127,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one `--program-*` flag per field of `ProgramConfig`, defaults read from it."""
     group = parser.add_argument_group("program scheduling")
     for f in dataclasses.fields(ProgramConfig):
+        text = f"{f.metadata['help']} (default: {f.default})"
+        if isinstance(f.default, bool):
+            group.add_argument(flag_of(f.name), action="store_true", help=text)
+            continue
         group.add_argument(
             flag_of(f.name),
             type=type(f.default),
             default=f.default,
             choices=POLICY_CHOICES if f.name == "policy" else None,
             metavar=None if f.name == "policy" else "N",
-            help=f"{f.metadata['help']} (default: {f.default})",
+            help=text,
         )
 
 

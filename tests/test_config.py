@@ -41,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
         ("schedule_interval", 0, "from 1"),
         ("prefill_weight", -0.1, "0 (measure) or above"),
         ("ttl", 0.0, "above 0"),
+        ("infer", 1, "of type bool"),
+        ("levels", True, "of type int"),
     ],
 )
 def test_bad_value_names_flag_and_allowed_values(field, value, allowed):
@@ -73,7 +75,8 @@ def test_no_arguments_give_the_defaults():
 def test_arguments_set_their_fields():
     """Each flag sets the field of its name, with the field's type."""
     argv = ["--program-policy", "atlas", "--program-levels", "3", "--program-min-run", "2"]
-    expected = ProgramConfig(policy="atlas", levels=3, min_run=2.0)
+    argv.append("--program-infer")
+    expected = ProgramConfig(policy="atlas", levels=3, min_run=2.0, infer=True)
     assert from_arguments(parser().parse_args(argv)) == expected
 
 

@@ -230,8 +230,13 @@ def test_plugin_is_off_by_default():
 
 def test_plugin_short_form():
     """AUTELLIX_PROGRAM_POLICY switches it on, and a variable per field sets the rest."""
-    environ = {"AUTELLIX_PROGRAM_POLICY": "mlfq", "AUTELLIX_PROGRAM_MIN_RUN": "3"}
-    assert plugin.config_from_environ(environ) == ProgramConfig(policy="mlfq", min_run=3.0)
+    environ = {
+        "AUTELLIX_PROGRAM_POLICY": "mlfq",
+        "AUTELLIX_PROGRAM_MIN_RUN": "3",
+        "AUTELLIX_PROGRAM_INFER": "1",
+    }
+    expected = ProgramConfig(policy="mlfq", min_run=3.0, infer=True)
+    assert plugin.config_from_environ(environ) == expected
 
 
 def test_launcher_settings_win_over_the_short_form():

@@ -12,6 +12,7 @@ STANDARD_LIBRARY_ONLY = (
     "autellix_sglang",
     "autellix_sglang.client",
     "autellix_sglang.config",
+    "autellix_sglang.core.infer",
     "autellix_sglang.core.planner",
     "autellix_sglang.core.policy",
     "autellix_sglang.core.program",

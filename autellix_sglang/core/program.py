@@ -217,6 +217,11 @@ class ProgramTable:
             raise UnknownProgramError(program_id)
         return program
 
+    def is_open(self, tenant: str, program_id: str) -> bool:
+        """Whether there is such a program and it has not ended."""
+        program = self._programs.get((tenant, program_id))
+        return program is not None and not program.is_ended
+
     def programs(self) -> Iterator[Program]:
         """Longest idle first."""
         return iter(self._programs.values())

@@ -102,4 +102,5 @@ def totals(scheduler: ProgramScheduler) -> dict[str, Any]:
         "prefill_weight": scheduler.prefill_weight,
         "recomputed_tokens": scheduler.num_recomputed_tokens,
         "orphaned_calls": scheduler.num_orphans,
+        "histories": len(scheduler.history_index or ()),
     }

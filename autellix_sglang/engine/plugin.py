@@ -33,7 +33,7 @@ from functools import partial
 from typing import Any, Final, NoReturn
 
 from autellix_sglang import __version__
-from autellix_sglang.config import ENV_VAR, OFF, ProgramConfig
+from autellix_sglang.config import ENV_VAR, OFF, ProgramConfig, parse_setting
 from autellix_sglang.engine.support import check_supported
 from autellix_sglang.errors import ActivationError, AutellixError, ConfigError
 from autellix_sglang.router.config import WorkerConfig
@@ -73,11 +73,11 @@ def config_from_environ(environ: Mapping[str, str]) -> ProgramConfig:
     for key, name in names.items():
         if name not in fields:
             raise ConfigError(key, f"unknown setting; there are {', '.join(fields)}")
-        wanted: Any = type(fields[name].default)
         try:
-            values[name] = wanted(environ[key])
+            values[name] = parse_setting(name, environ[key])
         except ValueError:
-            raise ConfigError(key, f"{environ[key]!r} is not of type {wanted.__name__}") from None
+            wanted = type(fields[name].default).__name__
+            raise ConfigError(key, f"{environ[key]!r} is not of type {wanted}") from None
     return ProgramConfig(**values)
 
 

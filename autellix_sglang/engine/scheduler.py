@@ -23,6 +23,7 @@ from sglang.utils import TypeBasedDispatcher
 
 from autellix_sglang import __version__
 from autellix_sglang.config import ProgramConfig
+from autellix_sglang.core.infer import HistoryIndex, Origin
 from autellix_sglang.core.planner import Planner
 from autellix_sglang.core.policy import POLICIES, Levels
 from autellix_sglang.core.program import Call, Phase, ProgramTable
@@ -32,6 +33,7 @@ from autellix_sglang.engine.tracking import (
     call_of,
     charge_outputs,
     charge_prefill,
+    close_call,
     open_call,
     tracked,
 )
@@ -53,6 +55,7 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         super().init_schedule_policy()
         self.program_table = ProgramTable(POLICIES["fcfs"], Levels(1, 1.0, 2.0), 0.0, 0.0)
         self.prefill_weight = DEFAULT_PREFILL_WEIGHT
+        self.history_index: HistoryIndex | None = None
         self.configure(ProgramConfig.from_env())
         self.is_kv_blocked = False  # SGLang refused, for lack of KV, a call that the plan let in
         self.num_recomputed_tokens = 0
@@ -70,6 +73,11 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         self.planner = Planner(self.program_table, config.min_run, config.schedule_interval)
         if config.prefill_weight:
             self.prefill_weight = config.prefill_weight
+        if config.infer != (self.history_index is not None):
+            self.history_index = HistoryIndex(self._is_open) if config.infer else None
+
+    def _is_open(self, origin: Origin) -> bool:
+        return self.program_table.is_open(origin.tenant, origin.program_id)
 
     def init_request_dispatcher(self) -> None:
         super().init_request_dispatcher()
@@ -105,7 +113,7 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         if not self.waiting_queue or self.waiting_queue[-1] is not req:
             return  # SGLang has refused it, and told the client
         if call is None:
-            open_call(self.program_table, req)
+            open_call(self.program_table, req, self.history_index)
         elif call.phase is Phase.RUNNING:
             self.program_table.preempt(call)
 
@@ -147,9 +155,7 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         return num_tokens * self.prefill_weight
 
     def _close(self, req: Any) -> None:
-        call = call_of(req)
-        if call is not None:
-            self.program_table.finish(call)
+        close_call(self.program_table, req, self.history_index)
 
     # -- one pass --------------------------------------------------------------------------------
 
@@ -235,7 +241,7 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
             self._mend(call, call.handle in waiting, call.handle in held)
         for req in self.waiting_queue:
             if call_of(req) is None:
-                open_call(self.program_table, req)
+                open_call(self.program_table, req, self.history_index)
 
     def _held_requests(self) -> set[Any]:
         held: set[Any] = set(self.collect_inflight_reqs())

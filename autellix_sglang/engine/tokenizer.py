@@ -83,8 +83,7 @@ class ProgramTokenizerManager(TokenizerManager):  # type: ignore[misc]  # SGLang
             tag = self.rid_to_state[obj.rid].program_origin.tag(obj, obj.sampling_params)
             params = tokenized.sampling_params
             params.custom_params = {**(params.custom_params or {}), WIRE_KEY: tag.to_wire()}
-            if not tag.anonymous:
-                self._note_activity()
+            self._note_activity()
         return tokenized
 
     def update_request_meta_info(

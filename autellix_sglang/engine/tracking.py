@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from sglang.srt.managers.schedule_batch import FINISH_MATCHED_TOKEN
+
+from autellix_sglang.core.infer import History, HistoryIndex, Origin
 from autellix_sglang.core.program import Call, Phase, ProgramTable
 from autellix_sglang.identity import WIRE_KEY, CallTag
 
@@ -19,6 +22,7 @@ class Tracked:
     call: Call | None = None
     num_charged_outputs: int = 0
     num_computed_tokens: int = 0  # longest prefix whose computation was charged
+    history: History | None = None  # of the prompt, where calls are joined by their tokens
 
 
 def attach(req: Any, custom_params: dict[str, Any] | None) -> None:
@@ -45,10 +49,17 @@ def call_of(req: Any) -> Call | None:
     return None if call is None or call.phase is Phase.FINISHED else call
 
 
-def open_call(table: ProgramTable, req: Any) -> Call:
-    """Enter a request that SGLang has queued for the first time."""
+def open_call(table: ProgramTable, req: Any, index: HistoryIndex | None = None) -> Call:
+    """Enter a request that SGLang has queued for the first time.
+
+    With an `index` a call that names no program may find one there.
+    """
     entry = tracked(req)
     tag = entry.tag
+    if index is not None:
+        entry.history = History(tag.tenant, req.origin_input_ids)
+        if tag.anonymous and entry.history.heads:
+            tag = _inferred(tag, index.find(entry.history, req.origin_input_ids))
     table.now_s = max(table.now_s, tag.now_s)
     entry.call = table.open_call(
         req.rid,
@@ -62,6 +73,31 @@ def open_call(table: ProgramTable, req: Any) -> Call:
         handle=req,
     )
     return entry.call
+
+
+def _inferred(tag: CallTag, origin: Origin | None) -> CallTag:
+    """The tag of a call that names no program, once the call that it continues was looked for."""
+    if origin is None:
+        return replace(tag, anonymous=False)  # the first of a program that later calls may join
+    parents = (origin.call_id,) if tag.parent_call_ids is None else tag.parent_call_ids
+    program_id = origin.program_id
+    return replace(tag, program_id=program_id, anonymous=False, parent_call_ids=parents)
+
+
+def close_call(table: ProgramTable, req: Any, index: HistoryIndex | None = None) -> None:
+    """A request is over, by whatever end; its tokens go into the `index`, if there is one."""
+    call = call_of(req)
+    if call is None:
+        return
+    history = tracked(req).history
+    output_ids = req.output_ids
+    if isinstance(req.finished_reason, FINISH_MATCHED_TOKEN):
+        output_ids = output_ids[:-1]  # chat templates may write another token, or none
+    if index is not None and history is not None and output_ids:
+        history.extend(output_ids)
+        tenant, program_id = call.program.key
+        index.add(history, Origin(tenant, program_id, call.call_id))
+    table.finish(call)
 
 
 def charge_outputs(table: ProgramTable, req: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -266,3 +267,56 @@ def test_a_thousand_abandoned_programs_leave_nothing(engine: Engine) -> None:
     assert after["num_programs"] - before["num_programs"] == 1000
     assert after["orphaned_calls"] == 0
     assert after["num_expired"] > before["num_expired"]
+
+
+# -- calls that send no id -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def inferring(engine: Engine) -> Iterator[Engine]:
+    """The engine with `--program-infer` on, for the time of one test."""
+    status, _, reply = engine.request("/program_config", {"infer": True}, method="PATCH")
+    assert status == 200, reply
+    yield engine
+    engine.request("/program_config", {"infer": False}, method="PATCH")
+
+
+def _continue(engine: Engine, input_ids: list[int], **headers: str) -> tuple[str, list[int]]:
+    """Send a prompt of token ids; its program, and prompt and output together."""
+    params = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    body = {"input_ids": input_ids, "sampling_params": params}
+    status, _, reply = engine.request("/generate", body, names)
+    assert status == 200, reply
+    return reply["meta_info"]["program"]["program_id"], input_ids + reply["output_ids"]
+
+
+def test_a_call_without_id_joins_the_program_it_continues(inferring: Engine) -> None:
+    """Histories lead a call to its program: a chain, with each call the parent of the next."""
+    first, history = _continue(inferring, list(range(60, 100)))
+    second, longer = _continue(inferring, [*history, 1, 2, 3])
+    third, _ = _continue(inferring, [*longer, 4])
+    assert first == second == third
+    calls = _program(inferring, first)["calls"]
+    assert [call["parents"] for call in calls] == [[], [calls[0]["id"]], [calls[1]["id"]]]
+    assert inferring.stats()["histories"] >= 3
+
+
+def test_only_a_whole_history_of_the_same_tenant_is_joined(inferring: Engine) -> None:
+    """A shared prompt, a changed token or another tenant's history join nothing."""
+    prompt = list(range(100, 150))
+    first, history = _continue(inferring, prompt)
+    changed = [*history[:-1], history[-1] ^ 1, 5]
+    assert _continue(inferring, [*prompt, 200])[0] != first
+    assert _continue(inferring, changed)[0] != first
+    assert _continue(inferring, [*history, 5], x_tenant_id="other")[0] != first
+    named, _ = _continue(inferring, [*history, 5], x_program_id="named")
+    assert named == "named"
+    assert _continue(inferring, [*history, 6])[0] == first
+
+
+def test_histories_are_not_followed_unless_asked(engine: Engine) -> None:
+    """Without the flag every call without an id is a program of its own."""
+    first, history = _continue(engine, list(range(150, 200)))
+    assert _continue(engine, [*history, 1])[0] != first
+    assert engine.stats()["histories"] == 0
