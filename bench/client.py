@@ -25,7 +25,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -40,7 +40,7 @@ from urllib3 import HTTPResponse
 
 from autellix_sglang.client import flush, program, register
 from autellix_sglang.client.program import registry
-from bench.common import format_table, print_result, provenance, say
+from bench.common import format_table, new_parser, run_benchmark, say
 from bench.stats import percentile
 
 BAR_US: Final = 50.0
@@ -256,20 +256,22 @@ def benchmark(num_pairs: int, num_programs: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def table(result: Mapping[str, Any]) -> str:
+    rows = [[name, *row.values()] for name, row in result["libraries"].items()]
+    return format_table(["library", "call us", "overhead us", "p99 us"], rows)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    started = time.perf_counter()
-    parser = argparse.ArgumentParser(prog="python -m bench.client", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = new_parser("bench.client", __doc__)
     parser.add_argument("--quick", action="store_true", help="100 pairs of batches, not 1,000")
     parser.add_argument("--programs", type=int, default=1000, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=4, help="per program (%(default)s)")
-    options = parser.parse_args(argv)
-    num_pairs = 100 if options.quick else 1000
-    result = benchmark(num_pairs, options.programs, options.rounds)
-    rows = [[name, *row.values()] for name, row in result["libraries"].items()]
-    print(format_table(["library", "call us", "overhead us", "p99 us"], rows))
-    print_result(result | provenance(started))
-    return 0
+
+    def run(options: argparse.Namespace) -> dict[str, Any]:
+        num_pairs = 100 if options.quick else 1000
+        return benchmark(num_pairs, options.programs, options.rounds)
+
+    return run_benchmark(parser, argv, run, table)
 
 
 if __name__ == "__main__":

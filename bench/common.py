@@ -6,6 +6,7 @@ cannot be compared with another.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -107,6 +108,27 @@ def provenance(started: float, clock: Callable[[], float] = time.perf_counter) -
 def print_result(result: Mapping[str, object], stream: IO[str] | None = None) -> None:
     """Print the last line of a benchmark: the result as one JSON object."""
     print(json.dumps(result, allow_nan=False), file=stream or sys.stdout, flush=True)
+
+
+def new_parser(name: str, text: str | None) -> argparse.ArgumentParser:
+    """The command line of the benchmark `name`, whose module's docstring is its help."""
+    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=text)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    return parser
+
+
+def run_benchmark(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    run: Callable[[argparse.Namespace], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+) -> int:
+    """Parse, run, print the result as a table and, with its provenance, as the last line."""
+    started = time.perf_counter()
+    result = run(parser.parse_args(argv))
+    print(table(result))
+    print_result(result | provenance(started))
+    return 0
 
 
 class CpuMeter:

@@ -19,7 +19,7 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any, Final
 
@@ -28,7 +28,7 @@ from autellix_sglang.core.planner import Demand, Plan, Planner
 from autellix_sglang.core.policy import POLICIES
 from autellix_sglang.core.program import Call
 from autellix_sglang.testing import PLENTY, table_from
-from bench.common import format_table, print_result, provenance, say
+from bench.common import format_table, new_parser, run_benchmark, say
 
 BARS_MS: Final = {"unchanged_ms": 1.0, "all_changed_ms": 5.0}
 CALLS_PER_PROGRAM: Final = 8
@@ -137,23 +137,25 @@ def benchmark(num_waiting: int, num_running: int, repeats: int, step_ms: float) 
     }
 
 
+def table(result: Mapping[str, Any]) -> str:
+    rows = [[policy, *row.values()] for policy, row in result["policies"].items()]
+    return format_table(["policy", "unchanged ms", "all changed ms", "accounting ms"], rows)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    started = time.perf_counter()
-    parser = argparse.ArgumentParser(prog="python -m bench.planner", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = new_parser("bench.planner", __doc__)
     parser.add_argument("--quick", action="store_true", help="10 repeats in place of 50")
     parser.add_argument("--waiting", type=int, default=4096, help="default: %(default)s")
     parser.add_argument("--running", type=int, default=256, help="default: %(default)s")
     parser.add_argument(
         "--step-ms", type=float, default=20.0, help="decode step to compare with (%(default)s)"
     )
-    options = parser.parse_args(argv)
-    repeats = 10 if options.quick else 50
-    result = benchmark(options.waiting, options.running, repeats, options.step_ms)
-    rows = [[policy, *row.values()] for policy, row in result["policies"].items()]
-    print(format_table(["policy", "unchanged ms", "all changed ms", "accounting ms"], rows))
-    print_result(result | provenance(started))
-    return 0
+
+    def run(options: argparse.Namespace) -> dict[str, Any]:
+        repeats = 10 if options.quick else 50
+        return benchmark(options.waiting, options.running, repeats, options.step_ms)
+
+    return run_benchmark(parser, argv, run, table)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 | `react` | BFCL ReAct | 10.75 (70) | 735 / 34 | one thread, tool list in front |
 | `tree` | LATS | 159.7 (400) | 467 / 73 | fan-out of five with barriers |
 | `mixed` | | | | equal parts of the three |
+| `map_reduce` | nothing published | see `_map_reduce` | | wide fan-out of unequal branches |
 
 The paper publishes means and maxima only; numbers of calls and tokens are drawn from clipped
 lognormal distributions whose means are solved to be exactly those. "Prefill" is read as the tokens
@@ -18,7 +19,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -207,6 +208,40 @@ def _fresh(
     )
 
 
+# --- map-reduce ---------------------------------------------------------------------------------
+
+BRANCHES = Counts(12.0, 0.7, 64)
+REVISIONS = Counts(1.6, 0.7, 6)  # calls of a branch: a summary, and revisions of it
+SPLIT = Step("split", 200, Counts(1500.0, 0.5, 6000), Counts(80.0, 0.5, 400))
+SUMMARISE = Step("summarise", 150, Counts(1200.0, 0.4, 4000), Counts(120.0, 0.8, 1000))
+REDUCE = Step("reduce", 150, Counts(1200.0, 0.3, 4000), Counts(250.0, 0.5, 1000))
+
+
+def _map_reduce(index: int, rng: random.Random) -> TraceProgram:
+    """A split, branches of one to six calls side by side, and a reduction that waits for all.
+
+    Its sizes are our choice, for want of a published source: a wide program whose critical path is
+    a small and varying part of its work.
+    """
+    calls = [_fresh(SPLIT, 0, 0, (), rng)]
+    ends = []
+    for branch in range(1, BRANCHES.draw(rng) + 1):
+        parent = calls[0]
+        for revision in range(REVISIONS.draw(rng)):
+            call = _fresh(SUMMARISE, len(calls), branch, (parent.id,), rng)
+            if revision:
+                history = parent.prompt_tokens + parent.output_tokens
+                new = min(call.prompt_tokens, 100)
+                call = replace(
+                    call, prompt_tokens=history + new, new_tokens=new, shared_prefix_tokens=0
+                )
+            calls.append(call)
+            parent = call
+        ends.append(parent.id)
+    calls.append(_fresh(REDUCE, len(calls), 0, tuple(ends), rng))
+    return TraceProgram(f"map_reduce-{index}", "synthetic-map-reduce", "map_reduce", tuple(calls))
+
+
 # --- workloads ----------------------------------------------------------------------------------
 
 
@@ -222,10 +257,11 @@ _KINDS: dict[str, Callable[[int, random.Random], TraceProgram]] = {
     "chat": _chat,
     "react": _react,
     "tree": _tree,
+    "map_reduce": _map_reduce,
 }
 WORKLOADS: dict[str, tuple[str, ...]] = {
     **{kind: (kind,) for kind in _KINDS},
-    "mixed": tuple(_KINDS),
+    "mixed": ("chat", "react", "tree"),
 }
 
 

@@ -1,5 +1,6 @@
 """The built-in workloads against the numbers of the paper's Fig. 11."""
 
+from collections import Counter
 from statistics import fmean
 
 import pytest
@@ -63,6 +64,25 @@ def test_tree_searches_fan_out_behind_barriers(samples):
     assert len({c.thread for c in proposals}) == FAN_OUT
     assert all(c.parents == tuple(p.id for p in proposals) for c in values)
     assert program.calls[2 * FAN_OUT].parents == tuple(c.id for c in values)
+
+
+def test_map_reduce_is_wide_and_its_branches_are_unequal():
+    """A split, chains of one to six calls that each wait for it, and a reduction of their ends."""
+    for program in generate("map_reduce", 50, seed=1):
+        split, *branches, reduction = program.calls
+        ends = {call.thread: call.id for call in branches}
+        assert reduction.parents == tuple(ends.values())
+        by_id = {call.id: call for call in branches}
+        for call in branches:
+            if call.reused_tokens:
+                parent = by_id[call.parents[0]]
+                assert call.thread == parent.thread
+                assert call.reused_tokens == parent.prompt_tokens + parent.output_tokens
+            else:
+                assert call.parents == (split.id,)
+        lengths = Counter(call.thread for call in branches)
+        assert 1 <= len(lengths) <= 64
+        assert max(lengths.values()) <= 6
 
 
 def test_a_seed_gives_the_same_programs_however_many_are_asked_for():
