@@ -320,3 +320,17 @@ def test_histories_are_not_followed_unless_asked(engine: Engine) -> None:
     first, history = _continue(engine, list(range(150, 200)))
     assert _continue(engine, [*history, 1])[0] != first
     assert engine.stats()["histories"] == 0
+
+
+def test_a_root_that_says_so_is_not_placed_by_the_longest_chain(engine: Engine) -> None:
+    """Under atlas an empty list of parents begins a chain; no list continues the longest one."""
+    try:
+        assert engine.request("/program_config", {"policy": "atlas"}, method="PATCH")[0] == 200
+        engine.generate(num_tokens=40, x_program_id="wide", x_call_id="long")
+        root = engine.generate(num_tokens=2, x_program_id="wide", x_parent_call_ids="")
+        untold = engine.generate(num_tokens=2, x_program_id="wide")
+        child = engine.generate(num_tokens=2, x_program_id="wide", x_parent_call_ids="long")
+    finally:
+        engine.request("/program_config", {"policy": "plas"}, method="PATCH")
+    levels = [reply["meta_info"]["program"]["level"] for reply in (root, untold, child)]
+    assert levels == [0, 3, 3]  # 40 steps and more lie in the level from 32 to 64
