@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +70,13 @@ def test_entry_points_import_without_an_engine(module):
 def test_blocker_blocks():
     """The test's own blocker does stop a blocked import."""
     assert "msgspec is blocked" in import_alone("autellix_sglang.messages", ("msgspec",)).stderr
+
+
+def test_a_light_install_brings_no_engine():
+    """Without extras the package asks for msgspec alone; torch and SGLang come with an extra."""
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    project = tomllib.loads(text)["project"]
+    asked = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
+    assert asked == {"msgspec"}
+    assert {"cpu", "gpu"} <= project["optional-dependencies"].keys()
+    assert "dynamic" not in project
