@@ -13,6 +13,8 @@
     sim.py        the question "what would a policy do on a GPU that we do not have?"
     sweep.py      the question "which settings are good, and who pays for them?"
     sim_engine.py, sim_cache.py, sim_device.py   the engine it simulates, with the server's core
+    atlas.py      the question "what is the critical path worth?"
+    infer.py      the question "how often does --program-infer find the right program?"
     serve.py      the question "what does a policy do to program latency on a live engine?"
 
 Nothing in the product imports this package.
