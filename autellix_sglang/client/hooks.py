@@ -6,6 +6,7 @@
 | requests | `HTTPAdapter.send` | its body is read or closed |
 | aiohttp | `ClientRequest.send`, `ClientResponse.start` | its connection is released |
 | asyncio | `BaseEventLoop.create_task` | (forks a thread per task) |
+| langchain | `ContextThreadPoolExecutor` | (forks a thread per job) |
 
 Below all of them redirects are separate requests, so each is looked up for itself; our headers are
 on the request only while it is sent, so that a redirect to another host has nothing to copy.
@@ -25,7 +26,13 @@ from types import ModuleType
 from typing import Any, Final
 
 from autellix_sglang.client.dag import Call
-from autellix_sglang.client.program import current_thread, fork_task, headers_of, issue_call
+from autellix_sglang.client.program import (
+    bind,
+    current_thread,
+    fork_task,
+    headers_of,
+    issue_call,
+)
 from autellix_sglang.client.servers import Server, log
 
 Pending = tuple[Call, Server]
@@ -239,6 +246,32 @@ def hook_asyncio() -> None:
     asyncio.BaseEventLoop.create_task = create_task  # type: ignore[method-assign]
 
 
+# -- langchain -----------------------------------------------------------------------------------
+
+
+def hook_langchain(config: ModuleType) -> None:
+    """Its pool takes contexts along, and with them the one thread of whoever submits the jobs."""
+    pool = config.ContextThreadPoolExecutor
+    pool.submit, pool.map = _forking(pool.submit), _forking(pool.map)
+
+
+def _forking(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`submit` or `map` of a pool, each run of the job a thread of its own."""
+
+    @functools.wraps(original)
+    def with_forks(self: Any, job: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        here = current_thread()
+        if here is None:
+            return original(self, job, *args, **kwargs)
+
+        def forked(*job_args: Any, **job_kwargs: Any) -> Any:
+            return bind(job, here.fork(group=self))(*job_args, **job_kwargs)
+
+        return original(self, forked, *args, **kwargs)
+
+    return with_forks
+
+
 # -- installation --------------------------------------------------------------------------------
 
 HOOKS: Final[Mapping[str, Callable[[ModuleType], None]]] = {
@@ -246,6 +279,7 @@ HOOKS: Final[Mapping[str, Callable[[ModuleType], None]]] = {
     "httpx2": hook_httpx,
     "requests": hook_requests,
     "aiohttp": hook_aiohttp,
+    "langchain_core.runnables.config": hook_langchain,
 }
 _hooked: set[str] = set()
 

@@ -236,10 +236,11 @@ def carry(function: Callable[P, T]) -> Callable[P, T]:
     For `threading.Thread(target=carry(work))` and foreign pools; call it once.
     """
     here = _current.get()
-    return function if here is None else _bind(function, here.fork())
+    return function if here is None else bind(function, here.fork())
 
 
-def _bind(function: Callable[P, T], child: Thread) -> Callable[P, T]:
+def bind(function: Callable[P, T], child: Thread) -> Callable[P, T]:
+    """`function` as the work of `child`, whichever OS thread runs it; call it once."""
     context = copy_context()
     context.run(_current.set, child)
 
@@ -261,7 +262,7 @@ class ThreadPool(ThreadPoolExecutor):
         if here is None:
             return super().submit(fn, *args, **kwargs)
         child = here.fork(group=self)
-        future = super().submit(_bind(fn, child), *args, **kwargs)
+        future = super().submit(bind(fn, child), *args, **kwargs)
         result = future.result
 
         def joined_result(timeout: float | None = None) -> T:

@@ -318,6 +318,42 @@ async def test_an_async_client_drives_a_program(
             assert graph(registered, running.id) == FORK_AND_JOIN
 
 
+def _parallel(model: Any) -> Any:
+    """Two branches of two calls each."""
+    from langchain_core.output_parsers import StrOutputParser
+    from langchain_core.runnables import RunnableParallel
+
+    branch = model | StrOutputParser() | model | StrOutputParser()
+    return model | StrOutputParser() | RunnableParallel(one=branch, two=branch) | str | model
+
+
+def test_a_parallel_chain_of_langchain(registered: Engine) -> None:
+    """Its pool of OS threads runs the branches, and each is a thread of the program."""
+    with httpx.Client() as client, program("parallel") as running:
+        _parallel(langchain_model(registered.url, http_client=client)).invoke("say something")
+        assert graph(registered, running.id) == FORK_AND_JOIN
+
+
+async def test_an_async_parallel_chain_of_langchain(registered: Engine) -> None:
+    """The same with asyncio."""
+    async with AsyncExitStack() as stack:
+        model = await _langchain_model(stack, registered.url)
+        with program("parallel") as running:
+            await _parallel(model).ainvoke("say something")
+            assert graph(registered, running.id) == FORK_AND_JOIN
+
+
+def test_a_batch_of_langchain(registered: Engine) -> None:
+    """Each input of a batch is a thread, and whatever follows waited for all."""
+    with httpx.Client() as client, program("batch") as running:
+        model = langchain_model(registered.url, http_client=client)
+        model.batch(["one", "two", "three"])
+        model.invoke("say something")
+        assert graph(registered, running.id) == {
+            "1.0": set(), "2.0": set(), "3.0": set(), "0.0": {"1.0", "2.0", "3.0"},
+        }  # fmt: skip
+
+
 async def test_a_streamed_run_of_openai_agents_is_a_thread(registered: Engine) -> None:
     """It runs in a task that nobody awaits, but its events: parents are exact, threads are new."""
     from agents import OpenAIChatCompletionsModel, Runner
