@@ -10,8 +10,8 @@ under the server's policies and under variants of them that exist here only:
 |---|---|---|
 | `fcfs`, `plas`, `atlas` | the server's; `atlas` is told each call's parents | arrival |
 | `atlas-scalar` | as `atlas`, told of no parents: the program's longest chain so far | arrival |
-| `plas-path` | work, as `plas` | the server's: the longest path so far first |
 | `plas-short` | work, as `plas` | the shortest path so far first |
+| `plas-long` | work, as `plas` | the longest path so far first |
 
 The last two are "work between programs with the critical path inside one"; a path is known up to
 a call and not beyond, so either end of it may be the better guess. All are compared on the same
@@ -30,13 +30,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from autellix_sglang.core.planner import Planner
-from autellix_sglang.core.policy import POLICIES, Levels, Policy
+from autellix_sglang.core.policy import POLICIES, Levels
 from autellix_sglang.core.program import Call
 from bench.common import Progress, format_table, new_parser, run_benchmark
 from bench.replay import poisson_arrivals
 from bench.sim import SEED, Setup, capacity
 from bench.sim_device import PRESETS
-from bench.sim_engine import Blueprint, Scheduling, SimEngine, blueprint
+from bench.sim_engine import Blueprint, SimEngine, blueprint
 from bench.sim_engine import _Table as SimTable
 from bench.stats import ProgramRecord, Run, summarize
 from bench.synthetic import generate
@@ -61,23 +61,40 @@ class UntoldTable(SimTable):
         return super().open_call(rid, **{**tag, "parent_call_ids": None})
 
 
-def _shortest_path_first(call: Call) -> float:
-    return call.base_path
+class PathTable(SimTable):
+    """A table that orders a program's calls of one level by their paths; `sign` 1: shortest first.
+
+    The path up to a call is fixed when it arrives, so its place in the order of arrival, which
+    decides inside a program, can stand for it.
+    """
+
+    sign = 1
+
+    def _place(self, call: Call) -> None:
+        if call.order_key == (0, 0, 0):  # placed for the first time
+            call.seq += self.sign * round(call.base_path) * 10**9
+        super()._place(call)
+
+
+class LongestFirstTable(PathTable):
+    sign = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A policy, of the server or close to one, and the table that it runs on."""
+    """A policy of the server, and the table that it runs on."""
 
-    policy: Policy
+    policy: str
     table: type[SimTable] = SimTable
 
 
 VARIANTS: Final[Mapping[str, Variant]] = {
-    **{name: Variant(POLICIES[name]) for name in ("fcfs", "plas", "atlas")},
-    "atlas-scalar": Variant(POLICIES["atlas"], UntoldTable),
-    "plas-path": Variant(POLICIES["plas-path"]),
-    "plas-short": Variant(replace(POLICIES["plas"], rank=_shortest_path_first)),
+    "fcfs": Variant("fcfs"),
+    "plas": Variant("plas"),
+    "atlas": Variant("atlas"),
+    "atlas-scalar": Variant("atlas", UntoldTable),
+    "plas-short": Variant("plas", PathTable),
+    "plas-long": Variant("plas", LongestFirstTable),
 }
 
 
@@ -85,15 +102,13 @@ class VariantEngine(SimEngine):
     """A simulated engine on a variant's table."""
 
     def __init__(self, setup: Setup, variant: Variant) -> None:
-        config = setup.config
+        scheduling = setup.scheduling(variant.policy)
         super().__init__(
-            setup.device,
-            Scheduling(config=config),
-            num_slots=setup.num_slots,
-            chunk_tokens=setup.chunk_tokens,
+            setup.device, scheduling, num_slots=setup.num_slots, chunk_tokens=setup.chunk_tokens
         )
+        config = scheduling.config
         levels = Levels(config.levels, config.quantum, config.factor)
-        self.table = variant.table(variant.policy, levels, config.beta, config.ttl)
+        self.table = variant.table(POLICIES[variant.policy], levels, config.beta, config.ttl)
         self.planner = Planner(self.table, config.min_run, config.schedule_interval)
 
 

@@ -15,11 +15,6 @@ if TYPE_CHECKING:
     from autellix_sglang.core.program import Call
 
 
-def _nothing(call: Call) -> float:
-    """First come, first served: every call stays in level 0, and keeps its place."""
-    return 0.0
-
-
 @dataclass(frozen=True, slots=True)
 class Policy:
     """One row of the registry.
@@ -27,13 +22,16 @@ class Policy:
     `attained(call)` is in steps and never shrinks while the call lives. `is_shared` says that all
     calls of a program attain together, so that charging one of them may move its siblings.
     `groups_programs` orders calls of one level by their program's arrival and not by their own.
-    `rank(call)`, fixed from its arrival on, then orders the calls of one program, smaller first.
     """
 
     attained: Callable[[Call], float]
     is_shared: bool = False
     groups_programs: bool = False
-    rank: Callable[[Call], float] = _nothing
+
+
+def _nothing(call: Call) -> float:
+    """First come, first served: every call stays in level 0."""
+    return 0.0
 
 
 def _call_service(call: Call) -> float:
@@ -51,18 +49,10 @@ def _path_service(call: Call) -> float:
     return call.base_path + call.service
 
 
-def _longest_path_first(call: Call) -> float:
-    """The branch that has come furthest goes on before others begin."""
-    return -call.base_path
-
-
 POLICIES: Final[dict[str, Policy]] = {
     "fcfs": Policy(_nothing),
     "mlfq": Policy(_call_service),
     "plas": Policy(_program_service, is_shared=True, groups_programs=True),
-    "plas-path": Policy(
-        _program_service, is_shared=True, groups_programs=True, rank=_longest_path_first
-    ),
     "atlas": Policy(_path_service, groups_programs=True),
 }
 

@@ -58,7 +58,7 @@ class Call:
     promoted_until: float | None = None  # own service at which the promotion ends
     num_preemptions: int = 0
     num_promotions: int = 0
-    order_key: Key = (0, 0, 0.0, 0)
+    order_key: Key = (0, 0, 0)
 
     @property
     def is_promoted(self) -> bool:
@@ -425,7 +425,7 @@ class ProgramTable:
             call.level = level
         group = call.program.seq if self.policy.groups_programs else call.seq
         # Inside level 0 first of all, or an older program with many calls there could starve it.
-        key = (-1 if call.is_promoted else level, group, self.policy.rank(call), call.seq)
+        key = (-1 if call.is_promoted else level, group, call.seq)
         if key != call.order_key:
             call.order_key = key
             self.queue.touch(call)

@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from autellix_sglang.core.policy import Levels
+from autellix_sglang.core.policy import POLICIES, Levels
 from autellix_sglang.core.program import Call
 from bench import atlas
 
 
 def table_of(name: str) -> atlas.SimTable:
     variant = atlas.VARIANTS[name]
-    return variant.table(variant.policy, Levels(2, 1000.0, 2.0), 0.0, 1.0)
+    return variant.table(POLICIES[variant.policy], Levels(2, 1000.0, 2.0), 0.0, 1.0)
 
 
 def chains(table: atlas.SimTable) -> list[Call]:
@@ -30,7 +30,7 @@ def chains(table: atlas.SimTable) -> list[Call]:
 
 
 @pytest.mark.parametrize(
-    ("name", "paths"), [("atlas", [50, 5]), ("atlas-scalar", [55, 55]), ("plas-path", [50, 5])]
+    ("name", "paths"), [("atlas", [50, 5]), ("atlas-scalar", [55, 55]), ("plas-long", [50, 5])]
 )
 def test_the_scalar_knows_of_no_parents(name: str, paths: list[float]) -> None:
     """Told of parents, a call stands on its own path; else each continues the longest."""
@@ -42,7 +42,7 @@ def test_the_scalar_knows_of_no_parents(name: str, paths: list[float]) -> None:
     [
         ("plas", ["after-long", "after-short"]),
         ("plas-short", ["after-short", "after-long"]),
-        ("plas-path", ["after-long", "after-short"]),
+        ("plas-long", ["after-long", "after-short"]),
     ],
 )
 def test_paths_order_the_calls_of_one_program_only(name: str, order: list[str]) -> None:

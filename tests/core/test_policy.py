@@ -104,21 +104,6 @@ def test_attained_service(policy: str, dag: Dag, expected: list[float]) -> None:
     assert attained == expected
 
 
-@pytest.mark.parametrize(
-    ("policy", "order"),
-    [("plas", ["new", "old-c", "old-e"]), ("plas-path", ["new", "old-e", "old-c"])],
-)
-def test_the_path_orders_calls_inside_a_program(policy: str, order: list[str]) -> None:
-    """Between programs work decides alike; inside one the longest path goes first, if asked."""
-    table = table_of(policy)
-    serve(table, "a", 1, ())
-    serve(table, "b", 9, ("a",))
-    table.open_call("old-c", program_id="p", parent_call_ids=["a"])
-    table.open_call("old-e", program_id="p", parent_call_ids=["b"])
-    table.open_call("new", program_id="q", parent_call_ids=[])
-    assert [call.rid for call in table.queue] == order
-
-
 def test_atlas_by_parents_beats_the_scalar() -> None:
     """Named parents place a call by its own path, no parents by the program's longest."""
     table = table_of("atlas")
@@ -189,9 +174,7 @@ def test_groups_keep_a_program_together() -> None:
             table.open_call(rid, program_id=rid[0])
         order[policy] = [call.rid for call in table.queue]
     mixed, grouped = ["a1", "b1", "a2"], ["a1", "a2", "b1"]
-    assert order == {
-        "fcfs": mixed, "mlfq": mixed, "plas": grouped, "plas-path": grouped, "atlas": grouped,
-    }  # fmt: skip
+    assert order == {"fcfs": mixed, "mlfq": mixed, "plas": grouped, "atlas": grouped}
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -17,7 +17,7 @@ def some_calls(count: int) -> list[Call]:
     table = table_from(ProgramConfig())
     calls = [table.open_call(str(i)) for i in range(count)]
     for i, call in enumerate(calls):
-        call.order_key = (0, i, 0.0, i)
+        call.order_key = (0, i, i)
     return calls
 
 
