@@ -22,6 +22,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
+from statistics import median
 from typing import Any, Final
 
 import zmq
@@ -203,9 +204,7 @@ class RemoteWorker:
             num_slots=report.num_slots,
             call_s=report.call_s,
             pending_tokens=self._pending_tokens,
-            prefill_tokens_per_s=(
-                report.prefill_tokens_per_s or self._hub.config.prefill_tokens_per_s
-            ),
+            prefill_tokens_per_s=report.prefill_tokens_per_s or self._hub.typical_prefill_rate,
             kv_tokens=report.kv_tokens,
             computed_tokens=report.computed_tokens,
         )
@@ -290,6 +289,7 @@ class Hub:
         self.num_buffered_bytes = 0
         self.num_retries = 0
         self.num_spills = 0
+        self.typical_prefill_rate = config.prefill_tokens_per_s  # of a worker that knows none
         self._by_address: dict[bytes, RemoteWorker] = {}
         self._place = POLICIES[config.policy]
         self._turns = count()
@@ -566,6 +566,9 @@ class Hub:
         was_ready = worker.report.is_ready
         worker.report = report
         self._learn(worker, report.programs)
+        rates = [w.report.prefill_tokens_per_s for w in self.workers.values()]
+        known = [rate for rate in rates if rate > 0]
+        self.typical_prefill_rate = median(known) if known else self.config.prefill_tokens_per_s
         if report.is_ready:
             self._has_changed.set()
         if report.is_ready != was_ready:
