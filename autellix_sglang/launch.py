@@ -123,6 +123,8 @@ def prepare(config: ProgramConfig, sglang_argv: list[str]) -> Any:
         parser.parse_args(["--model-path=", *sglang_argv])
     try:
         server_args = prepare_server_args([*sglang_argv, *_default_flags(given)])
+        if server_args.device == "cpu":
+            server_args.base_gpu_id = _first_cpu_node(server_args)
         if config.is_enabled:
             check_supported(server_args)
             check_port(server_args.host, server_args.port)
@@ -130,6 +132,20 @@ def prepare(config: ProgramConfig, sglang_argv: list[str]) -> Any:
     except (ValueError, OSError) as error:
         raise ConfigError("SGLang", str(error)) from error
     return server_args
+
+
+def _first_cpu_node(server_args: Any) -> int:
+    """Where SGLang's ranks begin on a CPU: it takes GPU numbers for groups of cores there.
+
+    A replica's number may exceed how many groups there are; replicas then share them.
+    """
+    from sglang.srt.utils import get_cpu_ids_by_node
+
+    bound = os.environ.get("SGLANG_CPU_OMP_THREADS_BIND", "all")
+    num_nodes = len(get_cpu_ids_by_node()) if bound == "all" else bound.count("|") + 1
+    first = int(server_args.base_gpu_id) % num_nodes
+    num_ranks = server_args.tp_size * server_args.pp_size
+    return first if first + num_ranks <= num_nodes else 0
 
 
 def check_port(host: str, port: int) -> None:

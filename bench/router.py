@@ -2,102 +2,249 @@
 
     python -m bench.router --quick
     python -m bench.router --trace bfcl.jsonl.gz --trace sharegpt.jsonl.gz --replicas 4 16
+    python -m bench.router --only overhead --peer-python peer/bin/python
 
-Two parts. *Placement*: programs run in virtual time over fake engines (`bench/routing.py`), once
-per policy; the same arrivals, so only placement differs. *Overhead*: real processes and sockets, a
-replica that answers at once, and calls through nothing, through our router, and through the
-published sglang-router where it is installed (`bench/routing_overhead.py`).
+*Placement*: programs arrive in a Poisson process at simulated engines (`bench/sim_fleet.py`), once
+per policy; the same arrivals, so only placement differs. *Scaling*: the rate that 1, 2, 4 and 8
+replicas sustain under `autellix`, which is where the mean program token latency has doubled from
+that of one replica at the lowest load. *Overhead*: real processes and sockets, a replica that
+answers at once, and calls through nothing, through our router, and through the published
+sglang-router where it is installed (`bench/routing_overhead.py`).
 
-`load` is the arrival rate over what the replicas could serve in full batches with every program's
-own prefixes cached; above 1 there are queues. The last line of stdout is one JSON object.
+Load 1 is the rate that would keep every replica in full batches all the time with all that
+programs share with their own history cached, as in `bench.sim`. That is more than any placement
+reaches, so there are queues at 1 and, for placements that lose the cache, well below it.
+The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
+import math
+import os
 import sys
 import time
 from collections.abc import Sequence
-from statistics import fmean
-from typing import Any
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
 
-from autellix_sglang.router.testing import Timing
-from bench import synthetic, trace
-from bench.common import format_table, print_result, provenance, say
+from autellix_sglang.config import ProgramConfig
+from autellix_sglang.core.policy import POLICIES as ENGINE_POLICIES
+from bench import trace
+from bench.common import Progress, format_table, print_result, provenance, say
 from bench.replay import poisson_arrivals
-from bench.routing import POLICY_NAMES, Simulation, service_s
-from bench.routing_overhead import measure
-from bench.trace import TraceProgram
+from bench.routing_overhead import Overhead
+from bench.sim import FEW_PROGRAMS, SLOTS, Setup, capacity, rate_at
+from bench.sim_device import PRESETS
+from bench.sim_engine import Blueprint, blueprint
+from bench.sim_fleet import POLICY_NAMES, SimFleet
+from bench.stats import ratio, summarize
+from bench.synthetic import corpora
 
-KINDS = ("chat", "react", "tree")  # built in, where no trace is given
-
-
-def workloads(paths: Sequence[str], num_programs: int, seed: int) -> dict[str, list[TraceProgram]]:
-    """A random sample of each trace, or the built-in kinds."""
-    rng = random.Random(seed)
-    if not paths:
-        return {kind: list(synthetic.generate(kind, num_programs, seed)) for kind in KINDS}
-    found = {}
-    for path in paths:
-        programs = trace.load(path)
-        found[programs[0].corpus] = rng.sample(programs, min(num_programs, len(programs)))
-    return found
-
-
-def place(
-    programs: Sequence[TraceProgram], num_replicas: int, load: float, timing: Timing, seed: int
-) -> list[dict[str, Any]]:
-    """One run per policy, with as many copies of the programs as keep the replicas busy as long."""
-    copies = max(1, num_replicas // 4)
-    many = list(programs) * copies
-    rate = load * num_replicas / fmean(service_s(program, timing) for program in programs)
-    arrivals = poisson_arrivals(len(many), rate, seed)
-    return [Simulation(policy, num_replicas, timing).run(many, arrivals) for policy in POLICY_NAMES]
+KINDS: Final = ("react", "chat", "tree")  # built in, where no trace is given
+QUICK_KINDS: Final = ("react", "chat")
+OURS: Final = "autellix"
+MORE_POLICIES: Final = (OURS, "least-used", "round-robin")  # on more than the first fleet
+SCALING_LOADS: Final = (0.5, 0.8, 0.95, 1.1, 1.25)
+SCALING_REPLICAS: Final = (1, 2, 4, 8)
+# What issue 4 asks for: mean program token latency of `autellix` over that of another policy.
+BARS: Final = {"round-robin": 0.72, "least-used": 0.72, "sticky": 1.0, "cache-aware": 1.0}
 
 
-def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All runs; each row says by how much `autellix` is quicker or slower than its policy."""
-    results = []
-    for name, programs in workloads(options.trace, options.programs, options.seed).items():
-        for num_replicas in options.replicas:
-            say(f"{name}: {len(programs)} programs on {num_replicas} replicas, every policy")
-            rows = place(programs, num_replicas, options.load, Timing(), options.seed)
-            ours = rows[0]["program_token_latency_ms"]["mean"]
-            for row in rows:
-                mean = row["program_token_latency_ms"]["mean"]
-                results.append({"workload": name, "load": options.load, **row})
-                results[-1]["autellix_over_this"] = ours / mean
-    return results
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One run. `workload` is a built-in kind or a trace file."""
+
+    workload: str
+    num_replicas: int = 4
+    load: float = 1.0
+    policy: str = OURS
+    engine_policy: str = ProgramConfig().policy
+    device: str = "a100-8b"
+    minutes: float = 3.0
+    seed: int = 1
+
+    @property
+    def name(self) -> str:
+        return Path(self.workload).name.partition(".")[0]
+
+    @property
+    def setup(self) -> Setup:
+        config = ProgramConfig(policy=self.engine_policy)
+        return Setup(device=PRESETS[self.device], config=config, seed=self.seed)
 
 
-def show(results: Sequence[dict[str, Any]]) -> str:
-    header = [
-        "workload", "replicas", "policy", "ms/token mean", "p99", "hit rate", "balance",
-        "autellix / this",
-    ]  # fmt: skip
-    rows = [
+@lru_cache(maxsize=4)
+def _plans(workload: str, count: int, seed: int, max_tokens: int) -> tuple[Blueprint, ...]:
+    sources = [trace.load(workload)] if "." in workload else corpora(workload, count, seed)
+    mix = trace.sample(sources, count, seed, max_prompt_tokens=max_tokens)
+    return tuple(blueprint(program) for program in mix.programs)
+
+
+def run(task: Task) -> dict[str, Any]:
+    """The results of one run; raises `AssertionError` if a call was lost."""
+    setup = task.setup
+    max_tokens = setup.device.kv_tokens // 4
+    few = _plans(task.workload, 3 * FEW_PROGRAMS, task.seed, max_tokens)
+    rate = task.load * task.num_replicas * capacity(setup, few)
+    count = math.ceil(60 * task.minutes * rate)
+    plans = _plans(task.workload, count, task.seed, max_tokens)
+    fleet = SimFleet(
+        task.policy,
+        task.num_replicas,
+        setup.device,
+        setup.scheduling(task.engine_policy),
+        num_slots=SLOTS,
+    )
+    summary = summarize(fleet.run(plans, poisson_arrivals(count, rate, task.seed)))
+    assert summary["lost"] == 0, "a call was lost"
+    kept = ("program_token_latency_ms", "prefix_hit_rate", "wait_share", "programs", "calls")
+    return {
+        "workload": task.name,
+        "policy": task.policy,
+        "replicas": task.num_replicas,
+        "load": task.load,
+        "rate": rate,
+        **{key: summary[key] for key in kept},
+        "balance": fleet.balance,
+    }
+
+
+def placement_tasks(options: argparse.Namespace, workloads: Sequence[str]) -> list[Task]:
+    """All policies on the first size of fleet; those that the paper compares on the others."""
+    return [
+        Task(
+            workload=workload,
+            num_replicas=num_replicas,
+            load=load,
+            policy=policy,
+            engine_policy=options.engine_policy,
+            device=options.device,
+            minutes=options.minutes,
+            seed=options.seed,
+        )
+        for workload in workloads
+        for i, num_replicas in enumerate(options.replicas)
+        for load in options.loads
+        for policy in (MORE_POLICIES if i else POLICY_NAMES)
+    ]
+
+
+def scaling_tasks(options: argparse.Namespace, workload: str) -> list[Task]:
+    base = Task(
+        workload=workload,
+        engine_policy=options.engine_policy,
+        device=options.device,
+        minutes=options.minutes,
+        seed=options.seed,
+    )
+    sizes = (1, 8) if options.quick else SCALING_REPLICAS
+    return [replace(base, num_replicas=n, load=load) for n in sizes for load in SCALING_LOADS]
+
+
+def run_all(tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """Every run, on all cores of this machine."""
+    done = []
+    with (
+        ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+        Progress("runs", len(tasks)) as progress,
+    ):
+        for result in pool.map(run, tasks):
+            done.append(result)
+            progress.advance()
+    return done
+
+
+def compare(results: list[dict[str, Any]]) -> None:
+    """Tell each row how quick `autellix` was in the same setting, over this policy."""
+    key = ("workload", "replicas", "load")
+    ours = {tuple(r[k] for k in key): _mean(r) for r in results if r["policy"] == OURS}
+    for row in results:
+        row["autellix_over_this"] = ratio(ours[tuple(row[k] for k in key)], _mean(row))
+
+
+def sustained(results: Sequence[dict[str, Any]]) -> dict[int, float | None]:
+    """Programs per second by number of replicas, at twice the latency of one without load."""
+    curves: dict[int, dict[float, float]] = {}
+    for row in results:
+        curves.setdefault(row["replicas"], {})[row["rate"]] = _mean(row)
+    alone = curves[min(curves)]
+    level_ms = 2 * alone[min(alone)]
+    rates = {size: rate_at(curve, level_ms) for size, curve in curves.items()}
+    return {size: None if rate == math.inf else rate for size, rate in rates.items()}
+
+
+def _mean(row: dict[str, Any]) -> float:
+    mean: float = row["program_token_latency_ms"]["mean"]
+    return mean
+
+
+def bars(
+    results: Sequence[dict[str, Any]], rates: dict[int, float | None], overhead: Overhead | None
+) -> list[list[object]]:
+    """Rows of (what, measured, wanted, whether it is reached)."""
+    rows: list[list[object]] = []
+    first = results[0]["replicas"] if results else 0
+    for row in results:
+        wanted = BARS.get(row["policy"])
+        if wanted is not None and row["replicas"] == first:
+            what = f"{row['workload']}, load {row['load']:g}: autellix / {row['policy']}"
+            rows.append(_bar(what, row["autellix_over_this"], wanted))
+    largest = max(rates, default=0)
+    if largest and rates[1] and rates[largest]:
+        growth = rates[largest] / rates[1] / largest  # type: ignore[operator]
+        rows.append(_bar(f"sustained rate, 1 to {largest} replicas: linear", growth, 0.95, True))
+    if overhead is not None:
+        router = overhead.over_direct("router")
+        rows.append(_bar("added time to first byte, p50 ms", router["ttft_p50_ms"], 2.0))
+        rows.append(_bar("added time to first byte, p99 ms", router["ttft_p99_ms"], 10.0))
+        rows.append(_bar("short calls per second", router["calls_per_s"], 3_000, True))
+        rows.append(_bar("streamed frames per second", router["frames_per_s"], 30_000, True))
+    return rows
+
+
+def _bar(what: str, value: float, wanted: float, is_floor: bool = False) -> list[object]:
+    is_met = value >= wanted if is_floor else value <= wanted
+    sign = ">=" if is_floor else "<="
+    return [what, value, f"{sign} {wanted:g}", "met" if is_met else "missed"]
+
+
+PLACEMENT_COLUMNS: Final = (
+    *("workload", "replicas", "load", "policy", "ms/token mean", "p99"),
+    *("hit rate", "waiting", "balance", "autellix / this"),
+)
+
+
+def placement_rows(results: Sequence[dict[str, Any]]) -> list[list[object]]:
+    return [
         [
-            r["workload"], r["replicas"], r["policy"], r["program_token_latency_ms"]["mean"],
-            r["program_token_latency_ms"]["p99"], r["prefix_hit_rate"], r["balance"],
-            r["autellix_over_this"],
+            r["workload"], r["replicas"], f"{r['load']:g}", r["policy"], _mean(r),
+            r["program_token_latency_ms"]["p99"], r["prefix_hit_rate"], r["wait_share"],
+            r["balance"], r["autellix_over_this"],
         ]
         for r in results
     ]  # fmt: skip
-    return format_table(header, rows)
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m bench.router", description=__doc__)
     made.formatter_class = argparse.RawDescriptionHelpFormatter
-    made.add_argument("--quick", action="store_true", help="fewer programs and calls")
-    made.add_argument("--trace", action="append", default=[], help="a trace file; may be repeated")
-    made.add_argument("--replicas", type=int, nargs="+", default=[4, 16])
-    made.add_argument("--load", type=float, default=1.3, help="of capacity (%(default)s)")
-    made.add_argument("--programs", type=int, default=300, help="per workload (%(default)s)")
-    made.add_argument("--seed", type=int, default=1)
-    made.add_argument("--seconds", type=float, default=5.0, help="per overhead measurement")
-    made.add_argument("--only", choices=["placement", "overhead"], help="one of the two parts")
+    add = made.add_argument
+    add("--quick", action="store_true", help="a minute of arrivals, two workloads, short overhead")
+    add("--trace", action="append", default=[], help="a trace file; may be repeated")
+    add("--replicas", type=int, nargs="+", default=[4, 16], help="default: 4 16")
+    add("--loads", type=float, nargs="+", default=[1.0], help="shares of capacity (default: 1)")
+    add("--minutes", type=float, default=5.0, help="of arrivals in a run (default: %(default)s)")
+    add("--device", choices=PRESETS, default="a100-8b", help="default: %(default)s")
+    add("--engine-policy", choices=ENGINE_POLICIES, default=ProgramConfig().policy,
+        help="order of calls inside a replica (default: %(default)s)")  # fmt: skip
+    add("--seed", type=int, default=1)
+    add("--seconds", type=float, default=5.0, help="per overhead measurement (%(default)s)")
+    add("--peer-python", help="a Python with sglang-router, if it is not this one")
+    add("--only", choices=["placement", "overhead"], help="one of the two parts")
     return made
 
 
@@ -105,15 +252,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     options = parser().parse_args(argv)
     if options.quick:
-        options.programs, options.seconds = min(options.programs, 100), 2.0
-    result: dict[str, Any] = {"results": [], "overhead": None, "peer": None}
+        options.minutes, options.seconds = min(options.minutes, 1.5), 1.5
+    workloads = options.trace or (QUICK_KINDS if options.quick else KINDS)
+    results: list[dict[str, Any]] = []
+    rates: dict[int, float | None] = {}
+    overhead = None
     if options.only != "overhead":
-        result["results"] = compare(options)
-        print(show(result["results"]))
+        say(f"placement: {options.minutes:g} minutes of arrivals on simulated {options.device}")
+        tasks = placement_tasks(options, workloads)
+        found = run_all([*tasks, *scaling_tasks(options, workloads[0])])
+        results, scaling = found[: len(tasks)], found[len(tasks) :]
+        compare(results)
+        rates = sustained(scaling)
+        print(format_table(PLACEMENT_COLUMNS, placement_rows(results)), end="\n\n")
+        rows = [[size, rate, ratio(rate, rates[1])] for size, rate in rates.items()]
+        print(format_table(["replicas", "programs/s sustained", "over one"], rows), end="\n\n")
     if options.only != "placement":
-        result |= measure(options.seconds)
-        rows = [[name, *row.values()] for name, row in result["paths"].items() if row]
-        print(format_table(["path", *next(iter(result["paths"].values()))], rows))
+        overhead = Overhead.measure(options.seconds, options.peer_python)
+        print(format_table(overhead.columns, overhead.rows), end="\n\n")
+    checked = bars(results, rates, overhead)
+    print(format_table(["bar", "measured", "wanted", ""], checked))
+    result = {
+        "results": results,
+        "sustained_rate": rates,
+        "overhead": overhead and overhead.over_direct("router"),
+        "peer": overhead and overhead.over_direct("peer"),
+        "paths": overhead and overhead.paths,
+        "bars": checked,
+    }
     print_result(result | provenance(started))
     return 0
 

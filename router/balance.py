@@ -1,15 +1,17 @@
 """Where a call runs: placement as a pure function of (call, program, worker loads).
 
     cost(worker) = queueing delay(worker)
-                   + uncached tokens(call, worker) / prefill rate(worker) * (1 + calls running)
+                   + 2 * uncached tokens(call, worker) / prefill rate(worker) * (1 + calls in it)
 
-`autellix` takes the cheapest worker. Prefill holds up everybody in the batch, hence the factor:
-without it, calls that spill under overload recompute prefixes and make the overload worse. A
-program's prefix is cached at its `places`, so its home wins until its queue costs more than
-recomputing the prefix elsewhere; then the call spills, and the home moves with it. Programs whose
-prompts begin alike (the same tools, the same instructions) count each other's prefix as cached. A
-program about which nothing is known gets a home by rendezvous hashing among the least loaded:
-routers that see about the same loads choose alike, without talking to each other.
+`autellix` takes the cheapest worker. Prefill holds up everybody, those in the batch and those who
+wait, hence the number of calls; and a prefix that is computed again takes the place of another in
+the cache, which will be computed again in its turn, hence the 2. Without the two, calls that spill
+under overload recompute prefixes and make the overload worse. A program's prefix is cached at its
+`places`, so its home wins until its queue costs more than recomputing the prefix elsewhere; then
+the call spills, and the home moves with it. Programs whose prompts begin alike (the same tools, the
+same instructions) count each other's prefix as cached. A program about which nothing is known gets
+a home by rendezvous hashing among the least loaded: routers that see about the same loads choose
+alike, without talking to each other.
 
 Standard library only; no clock, no randomness, no I/O. What a policy knows of the outside are its
 arguments, and what it decides is a value, a `Choice`.
@@ -28,6 +30,7 @@ STICKY_TOKENS: Final = 2048  # the paper's Algorithm 2: shorter inputs are not p
 MAX_PLACES: Final = 8  # per program: where its prefix may be cached
 BEGINNING_BYTES: Final = (1024, 4096, 16_384)  # of a request, that programs may have in common
 NEAR_SHARE: Final = 0.1  # of a worker's slots: loads that differ by less count as equal
+RECOMPUTE_WEIGHT: Final = 2.0  # a prefix computed again pushes another out of the cache
 FAN_OUT_SHARE: Final = 0.5  # of a worker's slots that one program takes free of charge
 
 
@@ -58,10 +61,8 @@ class Worker:
     def delay_s(self) -> float:
         """How long a call sent now waits before its own prompt is computed."""
         num_ahead = max(0, self.num_live + 1 - self.num_slots)
-        return (
-            self.pending_tokens / self.prefill_tokens_per_s
-            + num_ahead / self.num_slots * self.call_s
-        )
+        slot_s = num_ahead / self.num_slots * self.call_s  # with the prefill of those ahead
+        return max(slot_s, self.pending_tokens / self.prefill_tokens_per_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +131,10 @@ def autellix(call: Call, program: Program, workers: Sequence[Worker]) -> Choice:
 def cost_s(call: Call, program: Program, worker: Worker) -> float:
     """Seconds that this call costs here: its wait, and the work that holds up it and others."""
     recompute_s = program.uncached_tokens(call, worker) / worker.prefill_tokens_per_s
-    num_held_up = min(worker.num_live, worker.num_slots)
     own = program.num_live(worker.id) + 1
     too_many = max(0.0, own - max(1.0, FAN_OUT_SHARE * worker.num_slots))
     crowding_s = too_many / worker.num_slots * worker.call_s
-    return worker.delay_s + recompute_s * (1 + num_held_up) + crowding_s
+    return worker.delay_s + RECOMPUTE_WEIGHT * recompute_s * (1 + worker.num_live) + crowding_s
 
 
 def new_home(program: str, workers: Sequence[Worker]) -> Worker:
@@ -235,9 +235,8 @@ class Programs:
         """What a policy is given: the call's program, and who else began as its prompt does."""
         program = self.get(call.program)
         shared: dict[str, Place] = {}
-        for name, num_tokens in call.beginnings:  # the longest is last and wins
-            for worker, place in self._beginnings.get(name, {}).items():
-                shared[worker] = dataclasses.replace(place, num_tokens=num_tokens)
+        for name, _ in call.beginnings:  # the longest is last and wins
+            shared.update(self._beginnings.get(name, {}))
         return dataclasses.replace(program, shared=shared) if shared else program
 
     def num_homed(self) -> dict[str, int]:

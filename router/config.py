@@ -45,7 +45,7 @@ class RouterConfig:
     max_body_bytes: int = _setting(67_108_864, "size of a request body; more is HTTP 413")
     max_buffer_bytes: int = _setting(1_073_741_824, "request bodies held at once, else HTTP 503")
     prefill_tokens_per_s: float = _setting(
-        5000.0, "assumed prefill rate of a worker that has not measured its own"
+        5000.0, "assumed prefill rate while no worker has measured its own"
     )
     stop_s: float = _setting(30.0, "seconds that a stop waits for running calls")
 

@@ -74,13 +74,19 @@ class Replica:
                 write(f"[{self.name}] {line}")
             return await process.wait()
         finally:
-            self.signal(signal.SIGKILL)  # what it started and left behind
+            self.kill()  # what it started and left behind
 
-    def signal(self, number: int) -> None:
-        """Send a signal to its whole process group, if there is one."""
+    def terminate(self) -> None:
+        """Ask it to end; what it started is for it to end, or for `kill`."""
         if self._process is not None:
             with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
+                self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End its whole process group, if there is one."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
 
 async def _lines(stream: asyncio.StreamReader) -> Any:
@@ -133,13 +139,13 @@ class Fleet:
         """End every replica: SIGTERM, and SIGKILL for what is left after `STOP_S`."""
         self._is_stopping = True
         for replica in self.replicas:
-            replica.signal(signal.SIGTERM)
+            replica.terminate()
         running = [task for task in self._tasks if not task.done()]
         if running:
             self._tasks[-1].cancel()  # progress
             await asyncio.wait(running, timeout=STOP_S)
         for replica in self.replicas:
-            replica.signal(signal.SIGKILL)
+            replica.kill()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -22,6 +22,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
+from statistics import median
 from typing import Any, Final
 
 import zmq
@@ -134,6 +135,7 @@ class _Stream:
         self.chunks: deque[bytes] = deque()
         self.is_whole = False
         self.error: RouterError | None = None
+        self.timer: asyncio.TimerHandle | None = None  # its deadline
         self._news = asyncio.Event()
 
     def take(self, message: Head | Chunk) -> None:
@@ -202,9 +204,7 @@ class RemoteWorker:
             num_slots=report.num_slots,
             call_s=report.call_s,
             pending_tokens=self._pending_tokens,
-            prefill_tokens_per_s=(
-                report.prefill_tokens_per_s or self._hub.config.prefill_tokens_per_s
-            ),
+            prefill_tokens_per_s=report.prefill_tokens_per_s or self._hub.typical_prefill_rate,
             kv_tokens=report.kv_tokens,
             computed_tokens=report.computed_tokens,
         )
@@ -218,6 +218,8 @@ class RemoteWorker:
         """Whether the stream was still here."""
         if self.streams.pop(stream.number, None) is None:
             return False
+        if stream.timer is not None:
+            stream.timer.cancel()
         self.answered(stream)
         self._num_own -= stream.request.num_tokens > 0
         self.num_calls += 1
@@ -235,14 +237,14 @@ class RemoteWorker:
 class Answer:
     """A call on its way: its head is there, its body comes in pieces."""
 
-    def __init__(self, hub: Hub, stream: _Stream, deadline_s: float) -> None:
+    def __init__(self, hub: Hub, stream: _Stream) -> None:
         assert stream.head is not None
         self.status = stream.head.status
         self.headers = stream.head.headers
         self.worker = stream.worker.id
         self._hub = hub
         self._stream = stream
-        self._deadline_s = deadline_s
+        self._taken_bytes = 0  # by the client, and not yet given back as credit
 
     async def pieces(self) -> AsyncGenerator[tuple[bytes, bool], None]:
         """(piece of the body, whether it is the last); raises `RouterError` if the rest is lost.
@@ -256,16 +258,23 @@ class Answer:
                 yield body, stream.is_whole
                 if stream.is_whole:
                     return
-                if body and stream.error is None:
-                    stream.worker.send(Credit(stream=stream.number, num_bytes=len(body)))
+                self._give_credit(len(body))
             elif stream.error is not None:
                 raise stream.error
             else:
-                await self._hub.wait_for_news(stream, self._deadline_s)
+                await stream.news()
 
     def close(self) -> None:
         """Whatever is left of the call is not wanted any more."""
         self._hub.close_stream(self._stream)
+
+    def _give_credit(self, num_bytes: int) -> None:
+        """Let the worker send as much more, told a quarter of the credit at a time."""
+        stream = self._stream
+        self._taken_bytes += num_bytes
+        if 4 * self._taken_bytes >= self._hub.config.credit_bytes and stream.error is None:
+            stream.worker.send(Credit(stream=stream.number, num_bytes=self._taken_bytes))
+            self._taken_bytes = 0
 
 
 class Hub:
@@ -280,6 +289,7 @@ class Hub:
         self.num_buffered_bytes = 0
         self.num_retries = 0
         self.num_spills = 0
+        self.typical_prefill_rate = config.prefill_tokens_per_s  # of a worker that knows none
         self._by_address: dict[bytes, RemoteWorker] = {}
         self._place = POLICIES[config.policy]
         self._turns = count()
@@ -327,8 +337,8 @@ class Hub:
                 while not stream.chunks:
                     if stream.error is not None:
                         raise stream.error
-                    await self.wait_for_news(stream, deadline_s)
-                return Answer(self, stream, deadline_s)
+                    await stream.news()
+                return Answer(self, stream)
             except WorkerLostError:
                 tried.add(worker.id)
                 if not request.can_retry or len(tried) > self.config.retries:
@@ -338,17 +348,11 @@ class Hub:
                 self.close_stream(stream)
                 raise
 
-    async def wait_for_news(self, stream: _Stream, deadline_s: float) -> None:
-        """Wait for the next chunk or error of a stream; raises `DeadlineError`."""
-        try:
-            async with asyncio.timeout(deadline_s - self.clock()):
-                await stream.news()
-        except TimeoutError:
-            self.close_stream(stream)
-            raise DeadlineError("the call did not end before its deadline") from None
+    def _expire(self, stream: _Stream) -> None:
+        self.close_stream(stream, DeadlineError("the call did not end before its deadline"))
 
-    def close_stream(self, stream: _Stream) -> None:
-        """Forget a stream; its worker is told unless it is done with it."""
+    def close_stream(self, stream: _Stream, error: RouterError | None = None) -> None:
+        """Forget a stream; its worker is told unless it is done with it, its reader why."""
         worker = stream.worker
         if not worker.remove(stream):
             return
@@ -356,7 +360,7 @@ class Hub:
             self.programs.ended(stream.request.program, worker.id)
         if not stream.is_whole and stream.error is None:
             worker.send(Cancel(stream=stream.number))
-            stream.fail(RouterError("cancelled"))
+            stream.fail(error or RouterError("cancelled"))
 
     async def _choose(
         self, request: Request, tried: set[str], deadline_s: float
@@ -397,6 +401,8 @@ class Hub:
     ) -> _Stream:
         num_uncached = choice.uncached_tokens if request.num_tokens else 0
         stream = _Stream(next(self._numbers), worker, num_uncached, request)
+        left_s = deadline_s - self.clock()
+        stream.timer = asyncio.get_running_loop().call_later(left_s, self._expire, stream)
         worker.add(stream)
         if request.num_tokens:
             self.programs.sent(call, choice, worker.load(), self.clock())
@@ -412,7 +418,7 @@ class Hub:
             program=request.program,
             num_tokens=request.num_tokens,
             credit_bytes=self.config.credit_bytes,
-            deadline_s=deadline_s - self.clock(),
+            deadline_s=left_s,
         )
         worker.send(message, len(request.body))
         return stream
@@ -560,6 +566,9 @@ class Hub:
         was_ready = worker.report.is_ready
         worker.report = report
         self._learn(worker, report.programs)
+        rates = [w.report.prefill_tokens_per_s for w in self.workers.values()]
+        known = [rate for rate in rates if rate > 0]
+        self.typical_prefill_rate = median(known) if known else self.config.prefill_tokens_per_s
         if report.is_ready:
             self._has_changed.set()
         if report.is_ready != was_ready:

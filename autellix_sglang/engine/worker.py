@@ -64,6 +64,7 @@ logger = logging.getLogger(__name__)
 MAX_PROGRAMS: Final = 10_000  # whose home a restarted router is told
 JOIN_S: Final = 1.0  # between attempts to register
 REFUSED_S: Final = 30.0  # and after a refusal, which somebody has to see to
+RATE_TOKENS: Final = 10_000  # prefilled before the rate is told: first batches are slow
 SMOOTHING: Final = 0.02  # weight of the latest call in the mean time per call
 ASGI: Final = {"version": "3.0", "spec_version": "2.3"}  # uvicorn's
 
@@ -458,14 +459,15 @@ async def probe_sglang(manager: Any) -> Report:
     if not loads:
         return Report(is_ready=is_ready)
     load = loads[0]  # one scheduler: data parallelism is replicas here
-    busy_s = load.total_prefill_busy_us / 1e6
+    num_computed, busy_s = load.total_prefill_uncached_tokens, load.total_prefill_busy_us / 1e6
+    has_rate = num_computed >= RATE_TOKENS and busy_s > 0
     return Report(
         is_ready=is_ready,
         num_live=load.num_running_reqs + load.num_waiting_reqs,
         num_slots=max(1, load.max_running_requests),
-        prefill_tokens_per_s=load.total_prefill_uncached_tokens / busy_s if busy_s > 0 else 0.0,
+        prefill_tokens_per_s=num_computed / busy_s if has_rate else 0.0,
         kv_tokens=load.max_total_num_tokens,
         kv_used_tokens=load.num_used_tokens,
-        computed_tokens=load.total_prefill_uncached_tokens,
+        computed_tokens=num_computed,
         cache_hit_rate=load.cache_hit_rate,
     )

@@ -9,22 +9,10 @@ import pytest
 pytest.importorskip("zmq")
 
 from autellix_sglang.router.testing import BLOCK_TOKENS, Job, StepEngine, Timing
-from bench import router, routing_overhead, synthetic
-from bench.replay import poisson_arrivals
-from bench.routing import POLICY_NAMES, Simulation
+from bench import router, routing_overhead
+from bench.sim_fleet import POLICY_NAMES
 
 SMALL = Timing(num_slots=4, kv_tokens=20_000)
-
-
-@pytest.mark.parametrize("policy", POLICY_NAMES)
-def test_simulation_runs_every_call_once(policy):
-    """Every call of every program ends, on replicas that a policy spreads them over."""
-    programs = synthetic.generate("chat", 12, seed=3)
-    result = Simulation(policy, 3, SMALL).run(programs, poisson_arrivals(12, 5.0, seed=3))
-    assert result["replicas"] == 3
-    assert 0 <= result["prefix_hit_rate"] < 1
-    assert 1 <= result["balance"] <= 3
-    assert result["program_token_latency_ms"]["mean"] > 0
 
 
 def test_engine_takes_the_time_of_its_model():
@@ -50,25 +38,39 @@ def test_engine_evicts_the_oldest_prefix():
     assert engine.kv_used_tokens == 8 * BLOCK_TOKENS
 
 
-def test_placement_ends_in_a_table_and_one_line_of_json(capsys):
+def test_placement_ends_in_tables_and_one_line_of_json(capsys):
     """The last line is the contract's JSON object, with a row per workload, size and policy."""
-    assert router.main(["--programs", "6", "--replicas", "2", "--only", "placement"]) == 0
-    *table, last = capsys.readouterr().out.splitlines()
-    result = json.loads(last)
-    assert len(result["results"]) == len(router.KINDS) * len(POLICY_NAMES) == len(table) - 2
+    asked = ["--quick", "--minutes", "0.1", "--replicas", "2", "--only", "placement"]
+    assert router.main(asked) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(result["results"]) == len(router.QUICK_KINDS) * len(POLICY_NAMES)
     assert {"command", "commit", "hardware", "versions", "seconds"} <= result.keys()
     assert result["results"][0]["autellix_over_this"] == 1
+    assert result["sustained_rate"].keys() == {"1", "8"}
+
+
+def test_sustained_rate_is_where_latency_has_doubled():
+    """The level is twice the latency of one replica at its lowest rate, for every size."""
+
+    def row(size, rate, mean):
+        return {"replicas": size, "rate": rate, "program_token_latency_ms": {"mean": mean}}
+
+    rows = [row(1, 1.0, 10), row(1, 2.0, 40), row(2, 2.0, 10), row(2, 4.0, 20), row(2, 5.0, 30)]
+    assert router.sustained(rows) == {1: pytest.approx(1.5), 2: pytest.approx(4.0)}
 
 
 def test_overhead_is_measured_on_real_processes(monkeypatch):
-    """Router and replica are started, and calls and streams pass through them."""
+    """Router and replica are started, and calls, streams and slow readers pass through them."""
     monkeypatch.setattr(routing_overhead, "CALLERS", 2)
     monkeypatch.setattr(routing_overhead, "OPEN_STREAMS", 3)
-    monkeypatch.setattr(routing_overhead.importlib.util, "find_spec", lambda name: None)
-    result = routing_overhead.measure(0.2)
-    assert result["peer"] is None
-    assert {"ttft_p50_ms", "ttft_p99_ms", "calls_per_s", "frames_per_s"} <= result[
-        "overhead"
-    ].keys()
-    assert result["overhead"]["calls_per_s"] > 0
-    assert result["overhead"]["frames_per_s"] > 0
+    monkeypatch.setattr(routing_overhead, "SLOW_READERS", 2)
+    monkeypatch.setattr(routing_overhead, "FAST_READERS", 2)
+    monkeypatch.setattr(routing_overhead, "_is_installed", lambda python: False)
+    overhead = routing_overhead.Overhead.measure(0.2)
+    assert overhead.over_direct("peer") is None
+    ours = overhead.over_direct("router")
+    assert {"ttft_p50_ms", "ttft_p99_ms", "calls_per_s", "frames_per_s"} <= ours.keys()
+    assert ours["calls_per_s"] > 0
+    assert ours["frames_per_s"] > 0
+    assert ours["slow_readers_ratio"] > 0
+    assert len(overhead.rows) == len(ours)

@@ -25,7 +25,7 @@ async def test_load_is_read_from_sglangs_own_snapshot():
 
     load = LoadSnapshot(
         num_running_reqs=3, num_waiting_reqs=2, max_running_requests=8, max_total_num_tokens=900,
-        num_used_tokens=90, total_prefill_uncached_tokens=5000, total_prefill_busy_us=2_000_000,
+        num_used_tokens=90, total_prefill_uncached_tokens=50_000, total_prefill_busy_us=20_000_000,
         cache_hit_rate=0.5,
     )  # fmt: skip
 
@@ -38,7 +38,9 @@ async def test_load_is_read_from_sglangs_own_snapshot():
     report = await worker.probe_sglang(manager)
     assert (report.is_ready, report.num_live, report.num_slots) == (True, 5, 8)
     assert (report.kv_tokens, report.kv_used_tokens, report.cache_hit_rate) == (900, 90, 0.5)
-    assert (report.prefill_tokens_per_s, report.computed_tokens) == (2500.0, 5000)
+    assert (report.prefill_tokens_per_s, report.computed_tokens) == (2500.0, 50_000)
+    load.total_prefill_uncached_tokens = worker.RATE_TOKENS - 1
+    assert (await worker.probe_sglang(manager)).prefill_tokens_per_s == 0
     manager.server_status = ServerStatus.Starting
     assert not (await worker.probe_sglang(manager)).is_ready
 

@@ -131,7 +131,7 @@ async def test_chaos_loses_no_call(fakes):
         os.kill(victim.pid, signal.SIGKILL if round_ < 2 else signal.SIGSTOP)
         if round_ >= 2:
             await asyncio.sleep(3 * FAST["timeout_s"])
-            victim.signal(signal.SIGCONT)
+            os.kill(victim.pid, signal.SIGCONT)
         await fakes.wait_ready(2)
     answers = await asyncio.gather(*calls)
     expected = [output_of(prompt_of(i), 12) for i in range(1200)]

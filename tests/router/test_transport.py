@@ -454,3 +454,13 @@ async def test_curve_keys_let_in_who_is_allowed_and_nobody_else(rig, tmp_path, c
 def test_fast_settings_are_sane():
     """The settings of these tests keep the ratio of heartbeat to timeout that is required."""
     assert FAST["timeout_s"] >= 3 * FAST["heartbeat_s"]
+
+
+async def test_worker_without_a_rate_is_taken_for_a_typical_one(rig):
+    """A replica that has not measured its prefill is compared as if it were like the others."""
+    await rig.route(prefill_tokens_per_s=123)
+    await rig.join("new", report=Report(is_ready=True))
+    assert rig.hub.workers["new"].load().prefill_tokens_per_s == 123
+    await rig.join("old", report=Report(is_ready=True, prefill_tokens_per_s=7000))
+    await rig.until(lambda: rig.hub.typical_prefill_rate == 7000)
+    assert rig.hub.workers["new"].load().prefill_tokens_per_s == 7000
