@@ -4,10 +4,12 @@
 
 The same programs, all arriving at once, are replayed on a stock server (`off`) and under each
 policy, with overlap scheduling on and off, in greedy float32. The KV pool is small enough that
-preempted calls are evicted and computed again. Outputs are compared by one hash over all token
+what preempted calls leave there is evicted, and that SGLang retracts calls because it is full.
+`--kv` says what becomes of preempted calls' KV. Outputs are compared by one hash over all token
 ids. A program server runs all policies one after the other (PATCH /program_config); after each
-run it has to be empty: no program, no call, and every KV token free or evictable. SGLang checks
-its pools for leaks whenever it is idle, and ends the server if it finds one.
+run it has to be empty: no program, no call, no host memory in use, and every KV token free or
+evictable. SGLang checks its pools for leaks whenever it is idle, and ends the server if it finds
+one.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+from autellix_sglang.core.kv import KV_CHOICES
 from bench import stats, synthetic, trace
 from bench.common import Progress, format_table, print_result, provenance, say
 from bench.replay import ReplayOptions, replay
@@ -41,7 +44,11 @@ SETTINGS = {
     "beta": 2.0,
     "schedule_interval": 1,
 }
+# SGLang admits calls as if they had only so many tokens to go, and runs out of KV in mid-decode.
+OVERCOMMIT = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"}
 IDLE_TIMEOUT_S = 30.0
+LEAKS = ("leaked_programs", "leaked_kv_tokens", "leaked_host_bytes")
+SUMS = ("retractions", "swaps_out", "swaps_in", *LEAKS)
 EMPTY = ("programs", "live_calls", "waiting_calls", "running_calls")
 
 
@@ -55,8 +62,12 @@ class Result:
     preemptions: int
     lost: int
     recomputed_tokens: int | None = None
+    swaps_out: int = 0
+    swaps_in: int = 0
+    retractions: int = 0
     leaked_programs: int = 0
     leaked_kv_tokens: int = 0
+    leaked_host_bytes: int = 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,12 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     programs = _workload(num_programs, options.scale, options.seed)
     flags = ["--dtype", "float32", "--max-running-requests", str(options.max_running_requests)]
     flags += ["--max-total-tokens", str(options.kv_tokens), *options.server_args]
-    with _servers(flags) as servers:
+    own = ["--program-kv", options.kv, "--program-host-memory", str(options.host_memory)]
+    own += ["--program-kv-break-even", "1"]  # nothing to measure at start
+    with _servers(flags, own) as servers:
         results = list(_run_all(servers, programs, options))
-    summary = _summary(results)
+    summary = _summary(results, options.kv)
     print(_table(results))
     print_result({**summary, **provenance(started)})
-    is_clean = not (summary["leaked_programs"] or summary["leaked_kv_tokens"] or summary["lost"])
+    is_clean = not any(summary[key] for key in (*LEAKS, "lost"))
     return 0 if summary["identical"] and is_clean else 1
 
 
@@ -83,7 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale", type=float, default=0.15, help="multiply all token counts")
     parser.add_argument("--max-running-requests", type=int, default=4, help="batch slots")
     parser.add_argument("--kv-tokens", type=int, default=1500, help="KV pool of each engine")
-    parser.add_argument("--kv", choices=("keep",), default="keep", help="what becomes of KV")
+    parser.add_argument("--kv", choices=KV_CHOICES, default="keep", help="what becomes of KV")
+    parser.add_argument(
+        "--host-memory", type=float, default=0.25, help="GiB of host pool on each engine"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--server-args", type=shlex.split, default=[], help="more SGLang flags, in one string"
@@ -99,7 +115,9 @@ def _workload(num_programs: int, scale: float, seed: int) -> tuple[TraceProgram,
 
 
 @contextmanager
-def _servers(flags: Sequence[str]) -> Iterator[dict[tuple[str, bool], Server]]:
+def _servers(
+    flags: Sequence[str], program_flags: Sequence[str]
+) -> Iterator[dict[tuple[str, bool], Server]]:
     """Stock and program server, each with overlap scheduling on and off, started side by side."""
     directory = Path(mkdtemp(prefix="autellix-identity-"))
     with ExitStack() as stack:
@@ -109,9 +127,10 @@ def _servers(flags: Sequence[str]) -> Iterator[dict[tuple[str, bool], Server]]:
                 port = free_port()
                 own = [*flags, *([] if overlap else ["--disable-overlap-schedule"])]
                 if kind != "off":
-                    own += ["--program-prefill-weight", "0.02"]  # nothing to measure at start
+                    own += ["--program-prefill-weight", "0.02", *program_flags]
                 name = f"{kind}-{'overlap' if overlap else 'normal'}"
-                server = Server(name, launch_command(kind, port, own), port, directory)
+                command = launch_command(kind, port, own)
+                server = Server(name, command, port, directory, OVERCOMMIT)
                 stack.callback(server.stop)
                 server.start()
                 servers[kind, overlap] = server
@@ -163,9 +182,13 @@ def _run(
         run.output_hash,
         after["num_preemptions"] - before["num_preemptions"],
         lost,
-        after["recomputed_tokens"] - before["recomputed_tokens"],
-        max(after[key] for key in EMPTY) + after["orphaned_calls"],
-        kv_held,
+        recomputed_tokens=after["recomputed_tokens"] - before["recomputed_tokens"],
+        swaps_out=after["swaps_out"] - before["swaps_out"],
+        swaps_in=after["swaps_in"] - before["swaps_in"],
+        retractions=after["retracted_calls"] - before["retracted_calls"],
+        leaked_programs=max(after[key] for key in EMPTY) + after["orphaned_calls"],
+        leaked_kv_tokens=kv_held,
+        leaked_host_bytes=after["host_pool_used_bytes"],
     )
 
 
@@ -203,22 +226,22 @@ def _request(
     return reply
 
 
-def _summary(results: Sequence[Result]) -> dict[str, Any]:
+def _summary(results: Sequence[Result], kv: str) -> dict[str, Any]:
+    own = [result for result in results if result.policy != "off"]
     return {
         "identical": len({result.hash for result in results}) == 1,
-        "preemptions": sum(result.preemptions for result in results if result.policy != "off"),
-        "swaps_out": 0,
-        "swaps_in": 0,
+        **{key: sum(getattr(result, key) for result in own) for key in ("preemptions", *SUMS)},
         "lost": sum(result.lost for result in results),
-        "leaked_kv_tokens": sum(result.leaked_kv_tokens for result in results),
-        "leaked_programs": sum(result.leaked_programs for result in results),
         "runs": [
             {
                 "policy": result.policy,
                 "overlap": result.overlap,
-                "kv": "keep",
+                "kv": kv,
                 "hash": result.hash,
                 "preemptions": result.preemptions,
+                "retractions": result.retractions,
+                "swaps_out": result.swaps_out,
+                "swaps_in": result.swaps_in,
                 "recomputed_tokens": result.recomputed_tokens,
             }
             for result in results
@@ -227,15 +250,21 @@ def _summary(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _table(results: Sequence[Result]) -> str:
-    header = ("policy", "overlap", "preemptions", "recomputed tokens", "lost", "leaked", "hash")
+    header = (
+        "policy", "overlap", "preemptions", "retractions", "swaps out", "swaps in",
+        "recomputed tokens", "lost", "leaked", "hash",
+    )  # fmt: skip
     rows = [
         (
             result.policy,
             "on" if result.overlap else "off",
             result.preemptions,
+            result.retractions,
+            result.swaps_out,
+            result.swaps_in,
             result.recomputed_tokens,
             result.lost,
-            result.leaked_programs + result.leaked_kv_tokens,
+            sum(getattr(result, key) for key in LEAKS),
             result.hash[:12],
         )
         for result in results

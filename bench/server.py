@@ -55,8 +55,16 @@ def free_port() -> int:
 class Server:
     """A server process of ours: `start`, `wait_ready`, `stop`; as a context manager all three."""
 
-    def __init__(self, name: str, command: Sequence[str], port: int, log_directory: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        port: int,
+        log_directory: Path,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
+        self._env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
         self.base_url = f"http://127.0.0.1:{port}"
         self.log_path = log_directory / f"{name}-{port}.log"
         self._command = list(command)
@@ -68,7 +76,7 @@ class Server:
             self._process = subprocess.Popen(
                 self._command,
                 cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env=self._env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -50,9 +50,13 @@ class HostPool:
         return int(self._storage.numel())
 
     @property
+    def num_lent_pages(self) -> int:
+        return self._num_pages - len(self._free)
+
+    @property
     def used_bytes(self) -> int:
         """Bytes of pages that are lent, their unused ends included."""
-        return (self._num_pages - len(self._free)) * self._page_bytes
+        return self.num_lent_pages * self._page_bytes
 
     @property
     def _page_bytes(self) -> int:

@@ -49,9 +49,10 @@ def register() -> None:
     try:
         config = config_from_environ(os.environ)
         if config.is_enabled:
-            os.environ[ENV_VAR] = config.to_json()  # for the processes to come
             if _is_http_process():
+                config = with_host_memory(config)
                 _apply(_http_hooks())
+            os.environ[ENV_VAR] = config.to_json()  # for the processes to come
         elif WorkerConfig.from_env() is not None and _is_http_process():
             _apply({HTTP_SERVER: _run_stock_http_server})
     except AutellixError as error:
@@ -79,6 +80,17 @@ def config_from_environ(environ: Mapping[str, str]) -> ProgramConfig:
         except ValueError:
             raise ConfigError(key, f"{environ[key]!r} is not of type {wanted.__name__}") from None
     return ProgramConfig(**values)
+
+
+def with_host_memory(config: ProgramConfig) -> ProgramConfig:
+    """The settings with the size of the host pool, decided here for all ranks alike."""
+    if config.host_memory >= 0:
+        return config
+    import psutil
+
+    from autellix_sglang.engine.host_pool import default_bytes
+
+    return config.replace(host_memory=default_bytes(psutil.virtual_memory().available) / 2**30)
 
 
 def _is_short(key: str) -> bool:
