@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import shlex
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -32,7 +30,17 @@ from autellix_sglang.core.kv import KV_CHOICES
 from bench import stats, synthetic, trace
 from bench.common import Progress, format_table, print_result, provenance, say
 from bench.replay import ReplayOptions, replay
-from bench.server import Server, ServerError, flush_cache, free_port, launch_command
+from bench.server import (
+    LEAKS,
+    Server,
+    configure,
+    flush_cache,
+    free_port,
+    launch_command,
+    leaks,
+    program_stats,
+    wait_empty,
+)
 from bench.trace import TraceProgram
 
 POLICIES = ("mlfq", "plas", "atlas")
@@ -46,10 +54,7 @@ SETTINGS = {
 }
 # SGLang admits calls as if they had only so many tokens to go, and runs out of KV in mid-decode.
 OVERCOMMIT = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"}
-IDLE_TIMEOUT_S = 30.0
-LEAKS = ("leaked_programs", "leaked_kv_tokens", "leaked_host_bytes")
 SUMS = ("retractions", "swaps_out", "swaps_in", *LEAKS)
-EMPTY = ("programs", "live_calls", "waiting_calls", "running_calls")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     started = time.perf_counter()
     num_programs = options.programs or (18 if options.quick else 60)
-    programs = _workload(num_programs, options.scale, options.seed)
+    programs = workload(num_programs, options.scale, options.seed)
     flags = ["--dtype", "float32", "--max-running-requests", str(options.max_running_requests)]
     flags += ["--max-total-tokens", str(options.kv_tokens), *options.server_args]
     own = ["--program-kv", options.kv, "--program-host-memory", str(options.host_memory)]
@@ -107,7 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _workload(num_programs: int, scale: float, seed: int) -> tuple[TraceProgram, ...]:
+def workload(num_programs: int, scale: float, seed: int) -> tuple[TraceProgram, ...]:
+    """Chats, ReAct agents and tree searches in equal parts, their token counts times `scale`."""
     corpora = synthetic.corpora("mixed", num_programs, seed)
     return trace.sample(
         corpora, num_programs, seed, factor=scale, max_calls=12, max_prompt_tokens=700
@@ -161,8 +167,8 @@ def _run(
 ) -> Result:
     flush_cache(server.base_url)
     if policy != "off":
-        _request(server, "/program_config", "PATCH", {"policy": policy, **SETTINGS})
-    before = _stats(server, policy)
+        configure(server, policy=policy, **SETTINGS)
+    before = None if policy == "off" else program_stats(server)
     replay_options = ReplayOptions(
         base_url=server.base_url, run_id=f"{policy}-{overlap}", gap_scale=0.0, seed=seed
     )
@@ -174,8 +180,7 @@ def _run(
     lost = sum(not call.is_ok for call in run.calls)
     if before is None:
         return Result(policy, overlap, run.output_hash, stats.preemptions(run) or 0, lost)
-    after = _wait_empty(server)
-    kv_held = after["kv_total_tokens"] - after["kv_available_tokens"] - after["kv_evictable_tokens"]
+    after = wait_empty(server)
     return Result(
         policy,
         overlap,
@@ -186,44 +191,8 @@ def _run(
         swaps_out=after["swaps_out"] - before["swaps_out"],
         swaps_in=after["swaps_in"] - before["swaps_in"],
         retractions=after["retracted_calls"] - before["retracted_calls"],
-        leaked_programs=max(after[key] for key in EMPTY) + after["orphaned_calls"],
-        leaked_kv_tokens=kv_held,
-        leaked_host_bytes=after["host_pool_used_bytes"],
+        **leaks(after),
     )
-
-
-def _stats(server: Server, policy: str) -> dict[str, Any] | None:
-    return None if policy == "off" else _request(server, "/program_stats")
-
-
-def _wait_empty(server: Server) -> dict[str, Any]:
-    """The server's statistics once nothing is left, or after `IDLE_TIMEOUT_S`."""
-    deadline = time.monotonic() + IDLE_TIMEOUT_S
-    while True:
-        state = _request(server, "/program_stats")
-        if not any(state[key] for key in EMPTY) or time.monotonic() > deadline:
-            server.check_alive()
-            return state
-        time.sleep(0.1)
-
-
-def _request(
-    server: Server, path: str, method: str = "GET", body: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(
-        server.base_url + path,
-        data=data,
-        method=method,
-        headers={"content-type": "application/json"},
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            reply = json.load(response)
-    except OSError as error:
-        raise ServerError(f"{method} {path}: {error}") from error
-    assert isinstance(reply, dict)
-    return reply
 
 
 def _summary(results: Sequence[Result], kv: str) -> dict[str, Any]:

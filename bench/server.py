@@ -31,6 +31,9 @@ START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 10.0
 POLL_S = 0.25
 LOG_TAIL_LINES = 40
+IDLE_TIMEOUT_S = 30.0
+EMPTY = ("programs", "live_calls", "waiting_calls", "running_calls")
+LEAKS = ("leaked_programs", "leaked_kv_tokens", "leaked_host_bytes")
 COMMON_FLAGS = ("--host", "127.0.0.1", "--sleep-on-idle", "--enable-metrics")
 
 
@@ -215,8 +218,60 @@ def flush_cache(
         sleep(POLL_S)
 
 
-def _request(url: str, method: str = "GET", timeout_s: float = 30.0) -> bytes:
-    request = urllib.request.Request(url, method=method)
+# --- asking a program server --------------------------------------------------------------------
+
+
+def program_stats(server: Server) -> dict[str, Any]:
+    """The scheduler's counters and settings; raises `ServerError`."""
+    return _ask(server, "/program_stats")
+
+
+def configure(server: Server, **settings: Any) -> dict[str, Any]:
+    """Change settings of the running scheduler; returns its counters."""
+    return _ask(server, "/program_config", "PATCH", settings)
+
+
+def wait_empty(server: Server, timeout_s: float = IDLE_TIMEOUT_S) -> dict[str, Any]:
+    """The server's counters once it holds no program and no call, or after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        state = program_stats(server)
+        if not any(state[key] for key in EMPTY) or time.monotonic() > deadline:
+            server.check_alive()
+            return state
+        time.sleep(0.1)
+
+
+def leaks(state: Mapping[str, Any]) -> dict[str, int]:
+    """What an idle server should not hold, by the names in `LEAKS`."""
+    free = state["kv_available_tokens"] + state["kv_evictable_tokens"]
+    return {
+        "leaked_programs": max(state[key] for key in EMPTY) + state["orphaned_calls"],
+        "leaked_kv_tokens": state["kv_total_tokens"] - free,
+        "leaked_host_bytes": state["host_pool_used_bytes"],
+    }
+
+
+def _ask(
+    server: Server, path: str, method: str = "GET", body: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    try:
+        reply = json.loads(_request(server.base_url + path, method, body=body))
+    except OSError as error:
+        raise ServerError(f"{method} {path}: {error}") from error
+    assert isinstance(reply, dict)
+    return reply
+
+
+def _request(
+    url: str,
+    method: str = "GET",
+    timeout_s: float = 30.0,
+    body: Mapping[str, Any] | None = None,
+) -> bytes:
+    data = None if body is None else json.dumps(body).encode()
+    headers = {} if body is None else {"content-type": "application/json"}
+    request = urllib.request.Request(url, data, headers, method=method)
     with urllib.request.urlopen(request, timeout=timeout_s) as response:
-        body: bytes = response.read()
-    return body
+        reply: bytes = response.read()
+    return reply
