@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     started = time.perf_counter()
     num_programs = options.programs or (18 if options.quick else 60)
-    programs = workload(num_programs, options.scale, options.seed)
+    programs = _workload(num_programs, options.scale, options.seed)
     flags = ["--dtype", "float32", "--max-running-requests", str(options.max_running_requests)]
     flags += ["--max-total-tokens", str(options.kv_tokens), *options.server_args]
     own = ["--program-kv", options.kv, "--program-host-memory", str(options.host_memory)]
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--programs", type=int, default=0, help="default: 18 with --quick, else 60")
     parser.add_argument("--scale", type=float, default=0.15, help="multiply all token counts")
     parser.add_argument("--max-running-requests", type=int, default=4, help="batch slots")
-    parser.add_argument("--kv-tokens", type=int, default=1500, help="KV pool of each engine")
+    parser.add_argument("--kv-tokens", type=int, default=600, help="KV pool of each engine")
     parser.add_argument("--kv", choices=KV_CHOICES, default="keep", help="what becomes of KV")
     parser.add_argument(
         "--host-memory", type=float, default=0.25, help="GiB of host pool on each engine"
@@ -112,8 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def workload(num_programs: int, scale: float, seed: int) -> tuple[TraceProgram, ...]:
-    """Chats, ReAct agents and tree searches in equal parts, their token counts times `scale`."""
+def _workload(num_programs: int, scale: float, seed: int) -> tuple[TraceProgram, ...]:
     corpora = synthetic.corpora("mixed", num_programs, seed)
     return trace.sample(
         corpora, num_programs, seed, factor=scale, max_calls=12, max_prompt_tokens=700

@@ -26,8 +26,9 @@ from statistics import fmean, median
 from tempfile import mkdtemp
 from typing import Any
 
+from bench import synthetic, trace
 from bench.common import Progress, format_table, print_result, provenance, say
-from bench.identity import SETTINGS, workload
+from bench.identity import SETTINGS
 from bench.replay import ReplayOptions, replay
 from bench.server import (
     LEAKS,
@@ -64,9 +65,9 @@ class Result:
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     started = time.perf_counter()
-    num_programs = options.programs or (9 if options.quick else 18)
+    num_programs = options.programs or (12 if options.quick else 24)
     num_rounds = options.rounds or (2 if options.quick else 5)
-    programs = workload(num_programs, options.scale, options.seed)
+    programs = _workload(num_programs, options.scale, options.seed)
     with _server(options) as server:
         results = list(_run_all(server, programs, num_rounds, options.seed))
         settings = program_stats(server)
@@ -80,18 +81,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.pressure", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--quick", action="store_true", help="9 programs, 2 rounds")
-    parser.add_argument("--programs", type=int, default=0, help="default: 9 with --quick, else 18")
+    parser.add_argument("--quick", action="store_true", help="12 programs, 2 rounds")
+    parser.add_argument("--programs", type=int, default=0, help="default: 12 with --quick, else 24")
     parser.add_argument("--rounds", type=int, default=0, help="default: 2 with --quick, else 5")
-    parser.add_argument("--scale", type=float, default=0.15, help="multiply all token counts")
+    parser.add_argument("--scale", type=float, default=0.2, help="multiply all token counts")
     parser.add_argument("--max-running-requests", type=int, default=4, help="batch slots")
-    parser.add_argument("--kv-tokens", type=int, default=1500, help="KV pool of the engine")
+    parser.add_argument("--kv-tokens", type=int, default=1000, help="KV pool of the engine")
     parser.add_argument("--host-memory", type=float, default=1.0, help="GiB of host pool")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--server-args", type=shlex.split, default=[], help="more SGLang flags, in one string"
     )
     return parser
+
+
+def _workload(num_programs: int, scale: float, seed: int) -> tuple[TraceProgram, ...]:
+    """Chats: of the built-in workloads the one with answers long enough to be preempted in."""
+    corpora = synthetic.corpora("chat", num_programs, seed)
+    return trace.sample(
+        corpora, num_programs, seed, factor=scale, max_calls=6, max_prompt_tokens=500
+    ).programs
 
 
 def _server(options: Any) -> Server:

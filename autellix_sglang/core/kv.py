@@ -12,6 +12,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final
 
+HOST_SHARE: Final = 0.25  # of the host memory that is available at start
+HOST_LIMIT_GIB: Final = 32.0
 AUTO: Final = "auto"
 MIXED: Final = "mixed"
 
@@ -57,3 +59,8 @@ def break_even(prefill_token_s: float, swap_token_s: float, swap_fixed_s: float)
     if gain_s <= 0:
         return None
     return max(1, -int(-max(0.0, swap_fixed_s) // gain_s))
+
+
+def default_host_gib(available_bytes: int, num_engines: int = 1) -> float:
+    """A safe host pool for each of `num_engines` on a machine with so much memory free."""
+    return round(min(available_bytes / 2**30 * HOST_SHARE, HOST_LIMIT_GIB) / num_engines, 3)

@@ -47,9 +47,14 @@ def _body(
             table.expire(request.now_s)
             return {"programs": table.num_programs}
         case messages.CALIBRATE:
-            assert request.prefill_weight is not None
-            scheduler.prefill_weight = request.prefill_weight
-            return {"prefill_weight": request.prefill_weight}
+            if request.prefill_weight is not None:
+                scheduler.prefill_weight = request.prefill_weight
+            if request.kv_break_even is not None:
+                scheduler.swaps.break_even_tokens = request.kv_break_even
+            return {
+                "prefill_weight": scheduler.prefill_weight,
+                "kv_break_even": scheduler.swaps.break_even_tokens,
+            }
         case messages.CONFIGURE:
             scheduler.configure(scheduler.program_config.replace(**(request.config or {})))
             return totals(scheduler)

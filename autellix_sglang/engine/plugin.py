@@ -34,6 +34,7 @@ from typing import Any, Final, NoReturn
 
 from autellix_sglang import __version__
 from autellix_sglang.config import ENV_VAR, OFF, ProgramConfig
+from autellix_sglang.core.kv import default_host_gib
 from autellix_sglang.engine.support import check_supported
 from autellix_sglang.errors import ActivationError, AutellixError, ConfigError
 from autellix_sglang.router.config import WorkerConfig
@@ -83,14 +84,12 @@ def config_from_environ(environ: Mapping[str, str]) -> ProgramConfig:
 
 
 def with_host_memory(config: ProgramConfig) -> ProgramConfig:
-    """The settings with the size of the host pool, decided here for all ranks alike."""
+    """The settings with the host pool's size, decided here so that all ranks have the same."""
     if config.host_memory >= 0:
         return config
     import psutil
 
-    from autellix_sglang.engine.host_pool import default_bytes
-
-    return config.replace(host_memory=default_bytes(psutil.virtual_memory().available) / 2**30)
+    return config.replace(host_memory=default_host_gib(psutil.virtual_memory().available))
 
 
 def _is_short(key: str) -> bool:
