@@ -53,11 +53,11 @@ def test_every_fate_can_be_forced() -> None:
 @pytest.mark.parametrize(
     ("prefill_token_s", "swap_token_s", "swap_fixed_s", "tokens"),
     [
-        (3e-4, 1e-4, 1e-2, 50),
-        (3e-4, 1e-4, 1.001e-2, 51),
-        (3e-4, 1e-4, 0.0, 1),
-        (1e-4, 1e-4, 1e-2, None),
-        (1e-4, 2e-4, 0.0, None),
+        (0.75, 0.25, 25.0, 50),
+        (0.75, 0.25, 25.25, 51),
+        (0.75, 0.25, 0.0, 1),
+        (0.25, 0.25, 25.0, None),
+        (0.25, 0.75, 0.0, None),
     ],
 )
 def test_break_even_is_where_both_ways_take_as_long(
