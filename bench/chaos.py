@@ -38,6 +38,7 @@ from bench.server import LEAKS, Server, configure, free_port, launch_command, le
 
 NUM_PROMPTS = 24
 NUM_CLIENTS = 12
+NUM_PROGRAMS = 40
 CALL_TIMEOUT_S = 120.0  # a call takes a few seconds: whatever takes so long is stuck
 OPERATOR_INTERVAL_S = 1.5
 REPORT_INTERVAL_S = 30.0
@@ -78,8 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kv-tokens", type=int, default=900, help="KV pool of the engine")
-    parser.add_argument("--host-memory", type=float, default=0.008, help="GiB of host pool")
+    parser.add_argument("--kv-tokens", type=int, default=480, help="KV pool of the engine")
+    parser.add_argument("--host-memory", type=float, default=0.004, help="GiB of host pool")
     parser.add_argument(
         "--server-args", type=shlex.split, default=[], help="more SGLang flags, in one string"
     )
@@ -139,6 +140,10 @@ class _Chaos:
                         self._client(session, random.Random(f"{self._seed}/{i}"), until)
                     )
                 group.create_task(self._operator(random.Random(f"{self._seed}/operator"), until))
+            for program_id in ("alone", *(f"program-{i}" for i in range(NUM_PROGRAMS))):
+                url = f"{self._server.base_url}/v1/programs/{program_id}"
+                async with session.delete(url) as response:
+                    await response.read()
         return self._found
 
     async def _operator(self, rng: random.Random, until: float) -> None:
@@ -174,7 +179,7 @@ class _Chaos:
         rid = f"chaos-{next(self._ids)}-end"  # SGLang aborts by prefix
         num_wanted = prompt.num_output if end == "completed" else rng.randrange(prompt.num_output)
         output: list[int] = []
-        stream = self._stream(session, prompt, f"program-{rng.randrange(40)}", rid)
+        stream = self._stream(session, prompt, f"program-{rng.randrange(NUM_PROGRAMS)}", rid)
         async for output in stream:
             if output != answer[: len(output)]:
                 say(f"  prompt {index}: {output} instead of {answer}")

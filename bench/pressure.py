@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=0, help="default: 2 with --quick, else 5")
     parser.add_argument("--scale", type=float, default=0.2, help="multiply all token counts")
     parser.add_argument("--max-running-requests", type=int, default=4, help="batch slots")
-    parser.add_argument("--kv-tokens", type=int, default=1000, help="KV pool of the engine")
+    parser.add_argument("--kv-tokens", type=int, default=1250, help="KV pool of the engine")
     parser.add_argument("--host-memory", type=float, default=1.0, help="GiB of host pool")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

@@ -126,11 +126,15 @@ class Rig:
         self.waiting[:0] = victims
 
     def step(self) -> list[Req]:
-        """Admit, then generate one token for each running request; returns those that ended."""
-        self._admit()
+        """Generate one token for each running request, then admit; returns those that ended."""
         self._make_room()
         for req in self.running:
             self._decode(req)
+        ended = self._end()
+        self._admit()
+        return ended + self._end()
+
+    def _end(self) -> list[Req]:
         ended = [r for r in self.running if len(r.output_ids) == r.sampling_params.max_new_tokens]
         for req in ended:
             req.finished_reason = FINISH_LENGTH(len(req.output_ids))

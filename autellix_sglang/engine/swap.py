@@ -114,6 +114,8 @@ class SwapManager:
 
     def configure(self, config: ProgramConfig) -> None:
         """Take over settings; makes the host pool if they need it. Raises `ConfigError`."""
+        if self._host is not None and config.host_memory != self._host_gib:
+            raise ConfigError("--program-host-memory", "the pool exists and keeps its size")
         if config.kv in ("swap", "auto", "mixed") and self._host is None:
             self._open(config)
         self._mode = config.kv
@@ -128,6 +130,7 @@ class SwapManager:
             self._mover = mover_for(self._kv)
         except KernelError as error:
             raise ConfigError("--program-kv", f"{config.kv!r}: {error}") from error
+        self._host_gib = config.host_memory
         num_bytes = int(config.host_memory * GIB) // self._scheduler.tp_size
         self._host = HostPool.sized(self._kv, num_bytes)
         self._copies = CopyOrder(self._kv.device, self._scheduler)

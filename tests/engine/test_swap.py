@@ -42,7 +42,7 @@ def _running(rig: Rig, rid: str, prompt: list[int] = PROMPT, num_output: int = 2
 
 def _crowd_out(rig: Rig) -> None:
     """Fill the KV pool with something else, so that the tree evicts whatever it can."""
-    other = rig.submit("crowd", [7] * (rig.num_kv_tokens - 3), 2)
+    other = rig.submit("crowd", [7] * (rig.num_kv_tokens - 5), 2)
     waiting = [req for req in rig.waiting if req is not other]
     rig.waiting[:] = [other]
     while other in (*rig.waiting, *rig.running):
@@ -58,7 +58,7 @@ def _finish(rig: Rig, req: Req) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("kv", "num_recomputed"), [("keep", 32), ("drop", 32), ("swap", 1), ("auto", 1)]
+    ("kv", "num_recomputed"), [("keep", 32), ("drop", 32), ("swap", 0), ("auto", 0)]
 )
 def test_a_preempted_call_goes_on_as_if_nothing_had_been(kv: str, num_recomputed: int) -> None:
     """Its output is the same; only swapping saves it from computing everything again."""
@@ -104,7 +104,7 @@ def test_two_victims_at_once_each_keep_their_whole_beginning() -> None:
     rig.waiting.remove(first)
     rig.swaps.forget(first)
     assert _finish(rig, second) == answer([*PROMPT, 2], 30)
-    assert rig.num_recomputed == 1
+    assert rig.num_recomputed == 0
 
 
 def test_a_chunk_that_lost_its_beginning_is_given_up() -> None:
@@ -127,7 +127,7 @@ def test_a_full_host_pool_leaves_the_kv_to_eviction_and_counts() -> None:
     rig.preempt([req])
     assert rig.swaps.counters.dropped_for_full_pool == 1
     assert _finish(rig, req) == answer(PROMPT, 20)
-    assert rig.num_recomputed == 1
+    assert rig.num_recomputed == 0
 
 
 def test_auto_counts_what_others_have_kept() -> None:
@@ -168,7 +168,10 @@ def test_a_call_that_still_does_not_fit_is_not_copied_back() -> None:
     rig = _rig("swap", num_kv_tokens=60)
     req = _running(rig, "a")
     rig.preempt([req])
+    rig.waiting.clear()
     _running(rig, "b", [9] * 30, num_output=25)
+    rig.waiting.append(req)
+    rig.step()
     assert req in rig.waiting
     assert rig.swaps.counters.swaps_in == 0
     assert rig.swaps.totals()["swapped_calls"] == 1
