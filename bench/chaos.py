@@ -8,7 +8,9 @@ calls' KV. Batch, quanta, KV pool and host pool are so small that calls are pree
 and refused by a full host pool all the time. Every token that arrives is compared with the answer
 to the same prompt on the idle server; at the end nothing may be left in it.
 
-All choices come from `--seed`; how they fall together does not, for the engine is real.
+All choices come from `--seed`; how they fall together does not, for the engine is real. With
+`--no-model` it is not: then the same kinds of events happen to the swap manager on SGLang's own
+cache (`bench.swap_rig`), so many minutes of steps of 25 ms, and a seed says it all.
 """
 
 from __future__ import annotations
@@ -59,6 +61,9 @@ class Prompt:
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     started = time.perf_counter()
+    if options.no_model:
+        print_result({**_without_model(options.seed, options.minutes), **provenance(started)})
+        return 0
     with _server(options) as server:
         found = asyncio.run(_Chaos(server, options.seed, options.minutes * 60).run())
         state = wait_empty(server)
@@ -78,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.chaos", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--no-model", action="store_true", help="no engine: see above")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kv-tokens", type=int, default=480, help="KV pool of the engine")
     parser.add_argument("--host-memory", type=float, default=0.004, help="GiB of host pool")
@@ -85,6 +91,15 @@ def _parser() -> argparse.ArgumentParser:
         "--server-args", type=shlex.split, default=[], help="more SGLang flags, in one string"
     )
     return parser
+
+
+def _without_model(seed: int, minutes: float) -> dict[str, Any]:
+    """Counts of what happened; raises `AssertionError` for anything that must not."""
+    from bench.swap_rig import STEP_S, Chaos, sglang_settings
+
+    num_steps = round(minutes * 60 / STEP_S)
+    with sglang_settings():
+        return {"minutes": minutes, "steps": num_steps, **Chaos(seed).run(num_steps)}
 
 
 def _server(options: Any) -> Server:
