@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from autellix_sglang.core.kv import KV_CHOICES
 from autellix_sglang.core.policy import POLICIES
 from autellix_sglang.errors import ConfigError
 from autellix_sglang.identity import parse_flag
@@ -49,6 +50,19 @@ class ProgramConfig:
     prefill_weight: float = _setting(
         0.0, "steps that one uncached prefill token costs; 0 measures it at start"
     )
+    kv: str = _setting(
+        "keep",
+        "KV cache of preempted calls: keep (evictable), swap to host memory, drop, or auto, by "
+        "cost; mixed is for tests",
+    )
+    kv_break_even: int = _setting(
+        0, "tokens from which 'auto' prefers swapping to recomputing; 0 measures it at start"
+    )
+    host_memory: float = _setting(
+        -1.0,
+        "GiB of host memory for swapped KV, all ranks together; -1 takes a quarter of what is "
+        "available, at most 32; 0 none",
+    )
     ttl: float = _setting(600.0, "seconds after its last call when a program is forgotten")
     infer: bool = _setting(
         False, "join a call that names no program to the one whose tokens it continues"
@@ -62,6 +76,8 @@ class ProgramConfig:
             raise ConfigError(
                 "--program-policy", f"{self.policy!r} is not one of {', '.join(POLICY_CHOICES)}"
             )
+        if self.kv not in KV_CHOICES:
+            raise ConfigError("--program-kv", f"{self.kv!r} is not one of {', '.join(KV_CHOICES)}")
         _require(self, "levels", 1 <= self.levels <= 64, "an integer from 1 to 64")
         _require(self, "quantum", self.quantum > 0, "above 0")
         _require(self, "factor", 1 < self.factor <= 1000, "above 1, at most 1000")
@@ -69,6 +85,13 @@ class ProgramConfig:
         _require(self, "min_run", self.min_run >= 0, "0 or above")
         _require(self, "schedule_interval", self.schedule_interval >= 1, "an integer from 1")
         _require(self, "prefill_weight", self.prefill_weight >= 0, "0 (measure) or above")
+        _require(self, "kv_break_even", self.kv_break_even >= 0, "0 (measure) or above")
+        _require(
+            self,
+            "host_memory",
+            self.host_memory >= 0 or self.host_memory == -1,
+            "0 or above, or -1 (a share of what is available)",
+        )
         _require(self, "ttl", self.ttl > 0, "above 0")
 
     @property
@@ -126,6 +149,7 @@ def flag_of(name: str) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one `--program-*` flag per field of `ProgramConfig`, defaults read from it."""
     group = parser.add_argument_group("program scheduling")
+    choices = {"policy": POLICY_CHOICES, "kv": KV_CHOICES}
     for f in dataclasses.fields(ProgramConfig):
         text = f"{f.metadata['help']} (default: {f.default})"
         if isinstance(f.default, bool):
@@ -135,8 +159,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             flag_of(f.name),
             type=type(f.default),
             default=f.default,
-            choices=POLICY_CHOICES if f.name == "policy" else None,
-            metavar=None if f.name == "policy" else "N",
+            choices=choices.get(f.name),
+            metavar=None if f.name in choices else "N",
             help=text,
         )
 

@@ -30,6 +30,7 @@ class ProgramControl(
     prefill_weight: float | None = None
     all_tenants: bool = False
     config: dict[str, Any] | None = None
+    kv_break_even: int | None = None
 
 
 class ProgramReply(
@@ -48,7 +49,7 @@ GET = "get"  # one program with its calls: body as GET /v1/programs/{id}
 LIST = "list"  # programs: body {"programs": [...], "next": id | None}
 TICK = "tick"  # forget idle programs; body {"programs": how many are left}
 STATS = "stats"  # totals of the scheduler: body of counters
-CALIBRATE = "calibrate"  # set prefill_weight on every rank
+CALIBRATE = "calibrate"  # set prefill_weight and kv_break_even on every rank: body of both
 CONFIGURE = "configure"  # change settings of the running scheduler: body as STATS
 OPS = (OPEN, END, GET, LIST, TICK, STATS, CALIBRATE, CONFIGURE)
 

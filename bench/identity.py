@@ -4,21 +4,21 @@
 
 The same programs, all arriving at once, are replayed on a stock server (`off`) and under each
 policy, with overlap scheduling on and off, in greedy float32. The KV pool is small enough that
-preempted calls are evicted and computed again. Outputs are compared by one hash over all token
+what preempted calls leave there is evicted, and that SGLang retracts calls because it is full.
+`--kv` says what becomes of preempted calls' KV. Outputs are compared by one hash over all token
 ids. A program server runs all policies one after the other (PATCH /program_config); after each
-run it has to be empty: no program, no call, and every KV token free or evictable. SGLang checks
-its pools for leaks whenever it is idle, and ends the server if it finds one.
+run it has to be empty: no program, no call, no host memory in use, and every KV token free or
+evictable. SGLang checks its pools for leaks whenever it is idle, and ends the server if it finds
+one.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import shlex
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,10 +26,21 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+from autellix_sglang.core.kv import KV_CHOICES
 from bench import stats, synthetic, trace
 from bench.common import Progress, format_table, print_result, provenance, say
 from bench.replay import ReplayOptions, replay
-from bench.server import Server, ServerError, flush_cache, free_port, launch_command
+from bench.server import (
+    LEAKS,
+    Server,
+    configure,
+    flush_cache,
+    free_port,
+    launch_command,
+    leaks,
+    program_stats,
+    wait_empty,
+)
 from bench.trace import TraceProgram
 
 POLICIES = ("mlfq", "plas", "atlas")
@@ -41,8 +52,9 @@ SETTINGS = {
     "beta": 2.0,
     "schedule_interval": 1,
 }
-IDLE_TIMEOUT_S = 30.0
-EMPTY = ("programs", "live_calls", "waiting_calls", "running_calls")
+# SGLang admits calls as if they had only so many tokens to go, and runs out of KV in mid-decode.
+OVERCOMMIT = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"}
+SUMS = ("retractions", "swaps_out", "swaps_in", *LEAKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +67,12 @@ class Result:
     preemptions: int
     lost: int
     recomputed_tokens: int | None = None
+    swaps_out: int = 0
+    swaps_in: int = 0
+    retractions: int = 0
     leaked_programs: int = 0
     leaked_kv_tokens: int = 0
+    leaked_host_bytes: int = 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,12 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     programs = _workload(num_programs, options.scale, options.seed)
     flags = ["--dtype", "float32", "--max-running-requests", str(options.max_running_requests)]
     flags += ["--max-total-tokens", str(options.kv_tokens), *options.server_args]
-    with _servers(flags) as servers:
+    own = ["--program-kv", options.kv, "--program-host-memory", str(options.host_memory)]
+    own += ["--program-kv-break-even", "1"]  # nothing to measure at start
+    with _servers(flags, own) as servers:
         results = list(_run_all(servers, programs, options))
-    summary = _summary(results)
+    summary = _summary(results, options.kv)
     print(_table(results))
     print_result({**summary, **provenance(started)})
-    is_clean = not (summary["leaked_programs"] or summary["leaked_kv_tokens"] or summary["lost"])
+    is_clean = not any(summary[key] for key in (*LEAKS, "lost"))
     return 0 if summary["identical"] and is_clean else 1
 
 
@@ -82,8 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--programs", type=int, default=0, help="default: 18 with --quick, else 60")
     parser.add_argument("--scale", type=float, default=0.15, help="multiply all token counts")
     parser.add_argument("--max-running-requests", type=int, default=4, help="batch slots")
-    parser.add_argument("--kv-tokens", type=int, default=1500, help="KV pool of each engine")
-    parser.add_argument("--kv", choices=("keep",), default="keep", help="what becomes of KV")
+    parser.add_argument("--kv-tokens", type=int, default=600, help="KV pool of each engine")
+    parser.add_argument("--kv", choices=KV_CHOICES, default="keep", help="what becomes of KV")
+    parser.add_argument(
+        "--host-memory", type=float, default=0.25, help="GiB of host pool on each engine"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--server-args", type=shlex.split, default=[], help="more SGLang flags, in one string"
@@ -99,7 +120,9 @@ def _workload(num_programs: int, scale: float, seed: int) -> tuple[TraceProgram,
 
 
 @contextmanager
-def _servers(flags: Sequence[str]) -> Iterator[dict[tuple[str, bool], Server]]:
+def _servers(
+    flags: Sequence[str], program_flags: Sequence[str]
+) -> Iterator[dict[tuple[str, bool], Server]]:
     """Stock and program server, each with overlap scheduling on and off, started side by side."""
     directory = Path(mkdtemp(prefix="autellix-identity-"))
     with ExitStack() as stack:
@@ -109,9 +132,10 @@ def _servers(flags: Sequence[str]) -> Iterator[dict[tuple[str, bool], Server]]:
                 port = free_port()
                 own = [*flags, *([] if overlap else ["--disable-overlap-schedule"])]
                 if kind != "off":
-                    own += ["--program-prefill-weight", "0.02"]  # nothing to measure at start
+                    own += ["--program-prefill-weight", "0.02", *program_flags]
                 name = f"{kind}-{'overlap' if overlap else 'normal'}"
-                server = Server(name, launch_command(kind, port, own), port, directory)
+                command = launch_command(kind, port, own)
+                server = Server(name, command, port, directory, OVERCOMMIT)
                 stack.callback(server.stop)
                 server.start()
                 servers[kind, overlap] = server
@@ -142,8 +166,8 @@ def _run(
 ) -> Result:
     flush_cache(server.base_url)
     if policy != "off":
-        _request(server, "/program_config", "PATCH", {"policy": policy, **SETTINGS})
-    before = _stats(server, policy)
+        configure(server.base_url, policy=policy, **SETTINGS)
+    before = None if policy == "off" else program_stats(server.base_url)
     replay_options = ReplayOptions(
         base_url=server.base_url, run_id=f"{policy}-{overlap}", gap_scale=0.0, seed=seed
     )
@@ -155,70 +179,37 @@ def _run(
     lost = sum(not call.is_ok for call in run.calls)
     if before is None:
         return Result(policy, overlap, run.output_hash, stats.preemptions(run) or 0, lost)
-    after = _wait_empty(server)
-    kv_held = after["kv_total_tokens"] - after["kv_available_tokens"] - after["kv_evictable_tokens"]
+    after = wait_empty(server)
     return Result(
         policy,
         overlap,
         run.output_hash,
         after["num_preemptions"] - before["num_preemptions"],
         lost,
-        after["recomputed_tokens"] - before["recomputed_tokens"],
-        max(after[key] for key in EMPTY) + after["orphaned_calls"],
-        kv_held,
+        recomputed_tokens=after["recomputed_tokens"] - before["recomputed_tokens"],
+        swaps_out=after["swaps_out"] - before["swaps_out"],
+        swaps_in=after["swaps_in"] - before["swaps_in"],
+        retractions=after["retracted_calls"] - before["retracted_calls"],
+        **leaks(after),
     )
 
 
-def _stats(server: Server, policy: str) -> dict[str, Any] | None:
-    return None if policy == "off" else _request(server, "/program_stats")
-
-
-def _wait_empty(server: Server) -> dict[str, Any]:
-    """The server's statistics once nothing is left, or after `IDLE_TIMEOUT_S`."""
-    deadline = time.monotonic() + IDLE_TIMEOUT_S
-    while True:
-        state = _request(server, "/program_stats")
-        if not any(state[key] for key in EMPTY) or time.monotonic() > deadline:
-            server.check_alive()
-            return state
-        time.sleep(0.1)
-
-
-def _request(
-    server: Server, path: str, method: str = "GET", body: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(
-        server.base_url + path,
-        data=data,
-        method=method,
-        headers={"content-type": "application/json"},
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            reply = json.load(response)
-    except OSError as error:
-        raise ServerError(f"{method} {path}: {error}") from error
-    assert isinstance(reply, dict)
-    return reply
-
-
-def _summary(results: Sequence[Result]) -> dict[str, Any]:
+def _summary(results: Sequence[Result], kv: str) -> dict[str, Any]:
+    own = [result for result in results if result.policy != "off"]
     return {
         "identical": len({result.hash for result in results}) == 1,
-        "preemptions": sum(result.preemptions for result in results if result.policy != "off"),
-        "swaps_out": 0,
-        "swaps_in": 0,
+        **{key: sum(getattr(result, key) for result in own) for key in ("preemptions", *SUMS)},
         "lost": sum(result.lost for result in results),
-        "leaked_kv_tokens": sum(result.leaked_kv_tokens for result in results),
-        "leaked_programs": sum(result.leaked_programs for result in results),
         "runs": [
             {
                 "policy": result.policy,
                 "overlap": result.overlap,
-                "kv": "keep",
+                "kv": kv,
                 "hash": result.hash,
                 "preemptions": result.preemptions,
+                "retractions": result.retractions,
+                "swaps_out": result.swaps_out,
+                "swaps_in": result.swaps_in,
                 "recomputed_tokens": result.recomputed_tokens,
             }
             for result in results
@@ -227,15 +218,21 @@ def _summary(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _table(results: Sequence[Result]) -> str:
-    header = ("policy", "overlap", "preemptions", "recomputed tokens", "lost", "leaked", "hash")
+    header = (
+        "policy", "overlap", "preemptions", "retractions", "swaps out", "swaps in",
+        "recomputed tokens", "lost", "leaked", "hash",
+    )  # fmt: skip
     rows = [
         (
             result.policy,
             "on" if result.overlap else "off",
             result.preemptions,
+            result.retractions,
+            result.swaps_out,
+            result.swaps_in,
             result.recomputed_tokens,
             result.lost,
-            result.leaked_programs + result.leaked_kv_tokens,
+            sum(getattr(result, key) for key in LEAKS),
             result.hash[:12],
         )
         for result in results

@@ -34,6 +34,9 @@ START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 10.0
 POLL_S = 0.25
 LOG_TAIL_LINES = 40
+IDLE_TIMEOUT_S = 30.0
+EMPTY = ("programs", "live_calls", "waiting_calls", "running_calls")
+LEAKS = ("leaked_programs", "leaked_kv_tokens", "leaked_host_bytes")
 COMMON_FLAGS = ("--host", "127.0.0.1", "--sleep-on-idle", "--enable-metrics")
 # SGLang untouched, by the name that benchmarks give to its order of waiting calls.
 STOCK: Mapping[str, tuple[str, ...]] = {
@@ -65,8 +68,16 @@ def free_port() -> int:
 class Server:
     """A server process of ours: `start`, `wait_ready`, `stop`; as a context manager all three."""
 
-    def __init__(self, name: str, command: Sequence[str], port: int, log_directory: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        port: int,
+        log_directory: Path,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
+        self._env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
         self.base_url = f"http://127.0.0.1:{port}"
         self.log_path = log_directory / f"{name}-{port}.log"
         self._command = list(command)
@@ -78,7 +89,7 @@ class Server:
             self._process = subprocess.Popen(
                 self._command,
                 cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env=self._env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -178,7 +189,7 @@ class Endpoint:
     def select(self) -> None:
         """Make the server run this policy, where it may be running another."""
         if self.is_shared:
-            set_policy(self.base_url, self.policy)
+            configure(self.base_url, policy=self.policy)
 
 
 @contextmanager
@@ -232,15 +243,6 @@ def server_info(base_url: str) -> Mapping[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
-def set_policy(base_url: str, policy: str) -> None:
-    """Change the policy of a live program server; raises `ServerError` where it is refused."""
-    body = json.dumps({"policy": policy}).encode()
-    try:
-        _request(f"{base_url}/program_config", method="PATCH", body=body)
-    except OSError as error:
-        raise ServerError(f"{base_url}/program_config: {policy!r}: {error}") from error
-
-
 def flush_cache(
     base_url: str, timeout_s: float = 30.0, sleep: Callable[[float], None] = time.sleep
 ) -> None:
@@ -257,11 +259,60 @@ def flush_cache(
         sleep(POLL_S)
 
 
+# --- asking a program server --------------------------------------------------------------------
+
+
+def program_stats(base_url: str) -> dict[str, Any]:
+    """The scheduler's counters and settings; raises `ServerError`."""
+    return _ask(base_url, "/program_stats")
+
+
+def configure(base_url: str, **settings: Any) -> dict[str, Any]:
+    """Change settings of a live scheduler; returns its counters. Raises `ServerError`."""
+    return _ask(base_url, "/program_config", "PATCH", settings)
+
+
+def wait_empty(server: Server, timeout_s: float = IDLE_TIMEOUT_S) -> dict[str, Any]:
+    """The server's counters once it holds no program and no call, or after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        state = program_stats(server.base_url)
+        if not any(state[key] for key in EMPTY) or time.monotonic() > deadline:
+            server.check_alive()
+            return state
+        time.sleep(0.1)
+
+
+def leaks(state: Mapping[str, Any]) -> dict[str, int]:
+    """What an idle server should not hold, by the names in `LEAKS`."""
+    free = state["kv_available_tokens"] + state["kv_evictable_tokens"]
+    return {
+        "leaked_programs": max(state[key] for key in EMPTY) + state["orphaned_calls"],
+        "leaked_kv_tokens": state["kv_total_tokens"] - free,
+        "leaked_host_bytes": state["host_pool_used_bytes"],
+    }
+
+
+def _ask(
+    base_url: str, path: str, method: str = "GET", body: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    try:
+        reply = json.loads(_request(base_url + path, method, body=body))
+    except OSError as error:
+        raise ServerError(f"{method} {base_url}{path} {body or ''}: {error}") from error
+    assert isinstance(reply, dict)
+    return reply
+
+
 def _request(
-    url: str, method: str = "GET", timeout_s: float = 30.0, body: bytes | None = None
+    url: str,
+    method: str = "GET",
+    timeout_s: float = 30.0,
+    body: Mapping[str, Any] | None = None,
 ) -> bytes:
+    data = None if body is None else json.dumps(body).encode()
     headers = {} if body is None else {"content-type": "application/json"}
-    request = urllib.request.Request(url, method=method, data=body, headers=headers)
+    request = urllib.request.Request(url, data, headers, method=method)
     with urllib.request.urlopen(request, timeout=timeout_s) as response:
         reply: bytes = response.read()
     return reply

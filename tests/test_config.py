@@ -16,6 +16,7 @@ from autellix_sglang.config import (
     flag_of,
     from_arguments,
 )
+from autellix_sglang.core.kv import KV_CHOICES
 from autellix_sglang.errors import ConfigError
 
 
@@ -43,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
         ("ttl", 0.0, "above 0"),
         ("infer", 1, "of type bool"),
         ("levels", True, "of type int"),
+        ("kv", "copy", ", ".join(KV_CHOICES)),
+        ("kv_break_even", -1, "0 (measure) or above"),
+        ("host_memory", -2.0, "0 or above, or -1"),
     ],
 )
 def test_bad_value_names_flag_and_allowed_values(field, value, allowed):

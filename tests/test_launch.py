@@ -287,3 +287,25 @@ def test_unknown_hook_target_is_an_error():
     pytest.importorskip("sglang")
     with pytest.raises(AttributeError, match="not_there"):
         plugin._apply({"sglang.srt.plugins.not_there": lambda original: original()})
+
+
+def test_host_memory_is_settled_before_the_ranks_start():
+    """Each rank would find another amount available; what the user gave stays."""
+    assert 0 < plugin.with_host_memory(ProgramConfig()).host_memory <= 32
+    assert plugin.with_host_memory(ProgramConfig(host_memory=0.0)).host_memory == 0
+
+
+@pytest.mark.parametrize("given", [[], ["--program-host-memory", "3"]], ids=["default", "given"])
+def test_replicas_divide_the_host_memory(given, monkeypatch):
+    """By default each gets its part of the share; a size the user gave is each replica's."""
+    pytest.importorskip("zmq")
+    from autellix_sglang.router import fleet
+
+    served = []
+    monkeypatch.setattr(fleet, "serve", lambda *args: served.append(args) or 0)
+    argv = ["--replicas", "4", *given]
+    namespace, sglang_argv = launch.parse(argv)
+    assert launch.serve_replicas(namespace, sglang_argv, argv) == 0
+    values = launch.parse(served[0][2])[0].program_host_memory
+    whole = plugin.with_host_memory(ProgramConfig()).host_memory
+    assert values == (3.0 if given else pytest.approx(whole / 4, rel=0.5))

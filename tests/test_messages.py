@@ -25,6 +25,7 @@ EXAMPLES: tuple[Any, ...] = (
         after="p",
         prefill_weight=0.25,
         all_tenants=True,
+        kv_break_even=64,
     ),
     messages.ProgramReply(ok=False, error="unknown"),
     messages.ProgramReply(ok=True, body={"programs": [{"id": "p", "service_steps": 1.5}]}),

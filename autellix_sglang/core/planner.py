@@ -48,10 +48,15 @@ class EngineView(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One pass: `order` is None when the admission order of the last plan still stands."""
+    """One pass: `order` is None when the admission order of the last plan still stands.
+
+    `spare_kv_tokens` is what nobody claims once the victims have left and those they make way for
+    are in; the victims' own KV may stay there.
+    """
 
     order: tuple[Call, ...] | None
     preempt: tuple[Call, ...] = ()
+    spare_kv_tokens: int = 0
 
 
 NOTHING: Final = Plan(order=None)
@@ -85,7 +90,7 @@ class Planner:
         if queue.version != self._seen_version:
             self._seen_version = queue.version
             order = tuple(queue)
-        return Plan(order, self._victims(engine) if self._is_due() else ())
+        return Plan(order, *self._victims(engine)) if self._is_due() else Plan(order)
 
     def reconsider(self) -> None:
         """Treat the next pass as if something had happened."""
@@ -103,12 +108,15 @@ class Planner:
         self._considered_at = table.clock
         return True
 
-    def _victims(self, engine: EngineView) -> tuple[Call, ...]:
-        """Running calls to preempt so that strictly better waiting ones get in; no more."""
+    def _victims(self, engine: EngineView) -> tuple[tuple[Call, ...], int]:
+        """Running calls to preempt so that strictly better waiting ones get in; no more.
+
+        With them the KV tokens that are nobody's afterwards.
+        """
         table = self._table
         best = table.queue.first()
         if best is None:
-            return ()
+            return (), 0
         running = engine.preemptible()
         worse = [c for c in running if c.level > best.level]  # no promoted one: it has level 0
         # What fits, and who may be preempted yet, changes without an event.
@@ -116,10 +124,12 @@ class Planner:
         self._is_settled = is_all_seen and not worse
         candidates = [c for c in worse if c.service - c.started_service >= self._min_run]
         candidates.sort(key=standing)  # the last one goes first
-        return tuple(_select(table, engine, candidates))
+        return _select(table, engine, candidates)
 
 
-def _select(table: ProgramTable, engine: EngineView, candidates: list[Call]) -> list[Call]:
+def _select(
+    table: ProgramTable, engine: EngineView, candidates: list[Call]
+) -> tuple[tuple[Call, ...], int]:
     """Walk the queue in order, admitting on paper, and take victims where nothing is left."""
     slots, kv_tokens = engine.free_slots, engine.free_kv_tokens
     prefill_tokens = engine.prefill_tokens
@@ -129,17 +139,18 @@ def _select(table: ProgramTable, engine: EngineView, candidates: list[Call]) -> 
             break
         demand = engine.demand(call)
         taken: list[Call] = []
-        while (slots < 1 or kv_tokens < demand.kv_tokens) and candidates:
+        slots_then, kv_then = slots, kv_tokens
+        while (slots_then < 1 or kv_then < demand.kv_tokens) and candidates:
             if candidates[-1].level <= call.level:
                 break
             victim = candidates.pop()
             taken.append(victim)
-            slots += 1
-            kv_tokens += engine.holding(victim)
-        if slots < 1 or kv_tokens < demand.kv_tokens:
+            slots_then += 1
+            kv_then += engine.holding(victim)
+        if slots_then < 1 or kv_then < demand.kv_tokens:
             break  # even all worse calls together do not make room: leave them alone
         chosen += taken
-        slots -= 1
-        kv_tokens -= demand.kv_tokens
+        slots = slots_then - 1
+        kv_tokens = kv_then - demand.kv_tokens
         prefill_tokens -= demand.prefill_tokens
-    return chosen
+    return tuple(chosen), kv_tokens

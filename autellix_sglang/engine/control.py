@@ -47,9 +47,14 @@ def _body(
             table.expire(request.now_s)
             return {"programs": table.num_programs}
         case messages.CALIBRATE:
-            assert request.prefill_weight is not None
-            scheduler.prefill_weight = request.prefill_weight
-            return {"prefill_weight": request.prefill_weight}
+            if request.prefill_weight is not None:
+                scheduler.prefill_weight = request.prefill_weight
+            if request.kv_break_even is not None:
+                scheduler.swaps.break_even_tokens = request.kv_break_even
+            return {
+                "prefill_weight": scheduler.prefill_weight,
+                "kv_break_even": scheduler.swaps.break_even_tokens,
+            }
         case messages.CONFIGURE:
             scheduler.configure(scheduler.program_config.replace(**(request.config or {})))
             return totals(scheduler)
@@ -101,6 +106,8 @@ def totals(scheduler: ProgramScheduler) -> dict[str, Any]:
         "kv_evictable_tokens": scheduler.tree_cache.evictable_size(),
         "prefill_weight": scheduler.prefill_weight,
         "recomputed_tokens": scheduler.num_recomputed_tokens,
+        **scheduler.swaps.totals(),
+        "retracted_calls": scheduler.swaps.num_retractions,
         "orphaned_calls": scheduler.num_orphans,
         "histories": len(scheduler.history_index or ()),
     }

@@ -15,8 +15,6 @@ import torch
 from autellix_sglang.engine.swap_op import HostChunk, KVPool
 
 PAGE_TOKENS: Final = 64
-DEFAULT_SHARE: Final = 0.25  # of the memory that is available when the pool is made
-DEFAULT_LIMIT_BYTES: Final = 32 * 2**30
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +48,13 @@ class HostPool:
         return int(self._storage.numel())
 
     @property
+    def num_lent_pages(self) -> int:
+        return self._num_pages - len(self._free)
+
+    @property
     def used_bytes(self) -> int:
         """Bytes of pages that are lent, their unused ends included."""
-        return (self._num_pages - len(self._free)) * self._page_bytes
+        return self.num_lent_pages * self._page_bytes
 
     @property
     def _page_bytes(self) -> int:
@@ -88,8 +90,3 @@ class HostPool:
 
     def _num_pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_tokens)
-
-
-def default_bytes(available_bytes: int, num_ranks: int = 1) -> int:
-    """A safe size for each of `num_ranks` processes on a machine with so much memory free."""
-    return min(int(available_bytes * DEFAULT_SHARE), DEFAULT_LIMIT_BYTES) // num_ranks

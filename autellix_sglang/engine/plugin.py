@@ -34,6 +34,7 @@ from typing import Any, Final, NoReturn
 
 from autellix_sglang import __version__
 from autellix_sglang.config import ENV_VAR, OFF, ProgramConfig, parse_setting
+from autellix_sglang.core.kv import default_host_gib
 from autellix_sglang.engine.support import check_supported
 from autellix_sglang.errors import ActivationError, AutellixError, ConfigError
 from autellix_sglang.router.config import WorkerConfig
@@ -49,9 +50,10 @@ def register() -> None:
     try:
         config = config_from_environ(os.environ)
         if config.is_enabled:
-            os.environ[ENV_VAR] = config.to_json()  # for the processes to come
             if _is_http_process():
+                config = with_host_memory(config)
                 _apply(_http_hooks())
+            os.environ[ENV_VAR] = config.to_json()  # for the processes to come
         elif WorkerConfig.from_env() is not None and _is_http_process():
             _apply({HTTP_SERVER: _run_stock_http_server})
     except AutellixError as error:
@@ -79,6 +81,15 @@ def config_from_environ(environ: Mapping[str, str]) -> ProgramConfig:
             wanted = type(fields[name].default).__name__
             raise ConfigError(key, f"{environ[key]!r} is not of type {wanted}") from None
     return ProgramConfig(**values)
+
+
+def with_host_memory(config: ProgramConfig) -> ProgramConfig:
+    """The settings with the host pool's size, decided here so that all ranks have the same."""
+    if config.host_memory >= 0:
+        return config
+    import psutil
+
+    return config.replace(host_memory=default_host_gib(psutil.virtual_memory().available))
 
 
 def _is_short(key: str) -> bool:

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
-from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.utils import TypeBasedDispatcher
 
 from autellix_sglang import __version__
@@ -28,6 +28,7 @@ from autellix_sglang.core.planner import Planner
 from autellix_sglang.core.policy import POLICIES, Levels
 from autellix_sglang.core.program import Call, Phase, ProgramTable
 from autellix_sglang.engine import control
+from autellix_sglang.engine.swap import SwapManager, SwapPrefillAdder
 from autellix_sglang.engine.tracking import (
     attach,
     call_of,
@@ -40,7 +41,7 @@ from autellix_sglang.engine.tracking import (
 from autellix_sglang.engine.view import SchedulerView
 from autellix_sglang.errors import ConfigError
 from autellix_sglang.messages import ProgramControl, ProgramReply
-from autellix_sglang.patches import retraction_order
+from autellix_sglang.patches import retraction_order, retraction_swap
 
 logger = logging.getLogger(__name__)
 
@@ -56,17 +57,20 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         self.program_table = ProgramTable(POLICIES["fcfs"], Levels(1, 1.0, 2.0), 0.0, 0.0)
         self.prefill_weight = DEFAULT_PREFILL_WEIGHT
         self.history_index: HistoryIndex | None = None
+        self.swaps = SwapManager(self)
         self.configure(ProgramConfig.from_env())
         self.is_kv_blocked = False  # SGLang refused, for lack of KV, a call that the plan let in
         self.num_recomputed_tokens = 0
         self.num_orphans = 0
         self._num_checked_events = -1
         retraction_order.install()
+        retraction_swap.install(self.swaps)
 
     def configure(self, config: ProgramConfig) -> None:
         """Take over settings, at start or while serving; live calls are placed anew."""
         if not config.is_enabled:
             raise ConfigError("policy", "a running program scheduler cannot be switched to 'off'")
+        self.swaps.configure(config)
         self.program_config = config
         levels = Levels(config.levels, config.quantum, config.factor)
         self.program_table.configure(POLICIES[config.policy], levels, config.beta, config.ttl)
@@ -93,6 +97,9 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         output = super().get_internal_state(recv_req)
         output.internal_state["program_scheduler"] = control.totals(self)
         return output
+
+    def get_prefill_adder_class(self) -> Any:
+        return partial(SwapPrefillAdder, self.swaps)
 
     def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
         return _ProgramOutputStreamer
@@ -155,7 +162,14 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         return num_tokens * self.prefill_weight
 
     def _close(self, req: Any) -> None:
+        self.swaps.forget(req)
         close_call(self.program_table, req, self.history_index)
+
+    def flush_cache(self, empty_cache: bool = True) -> Any:
+        success = super().flush_cache(empty_cache)
+        if success:
+            self.swaps.forget_all()
+        return success
 
     # -- one pass --------------------------------------------------------------------------------
 
@@ -166,7 +180,7 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         if plan.order is not None:
             self._order_waiting_queue([call.handle for call in plan.order])
         victims = [call.handle for call in plan.preempt]
-        self._take_off(running_batch, victims)
+        self._take_off(running_batch, victims, plan.spare_kv_tokens)
         next_plan = super().get_new_batch_prefill(running_batch)
         for req in victims:
             # Only now: readmitted in the same pass, a victim would meet its own result in flight.
@@ -181,22 +195,20 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
             order = [call.handle for call in self.program_table.queue]
         self.waiting_queue[:] = order
 
-    def _take_off(self, running_batch: Any, victims: list[Any]) -> None:
-        """Remove victims from the batch; their KV stays in the radix tree, evictable."""
+    def _take_off(self, running_batch: Any, victims: list[Any], spare_kv_tokens: int) -> None:
+        """Remove victims from the batch; the swap manager decides about their KV."""
         if not victims:
             return
-        keep = not self.tree_cache.supports_mamba()
-        for req in victims:
-            release_kv_cache(req, self.tree_cache, checkpoint=keep)
-            req.reset_for_retract()
         leaving = set(victims)
-        kept = [i for i, req in enumerate(running_batch.reqs) if req not in leaving]
-        running_batch.filter_batch(keep_indices=kept)
+        staying = [i for i, req in enumerate(running_batch.reqs) if req not in leaving]
+        self.swaps.release(victims, [running_batch.reqs[i] for i in staying], spare_kv_tokens)
+        running_batch.filter_batch(keep_indices=staying)
         running_batch.batch_is_full = False
 
     def _note_admission(self, next_plan: Any) -> None:
         admitted = [] if next_plan.batch_to_run is None else next_plan.batch_to_run.reqs
         for req in admitted:
+            self.swaps.forget(req)
             call = call_of(req)
             if call is not None and call.phase is Phase.WAITING:
                 self.program_table.start(call)
@@ -228,6 +240,7 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
             self._reconcile()
             if table.num_programs <= _MAX_PROGRAMS_CHECKED:
                 table.check_integrity()
+            self.swaps.check_integrity(self.waiting_queue)
 
     def _reconcile(self) -> None:
         """Bring the table in line with SGLang's queues; they are the truth.
@@ -259,6 +272,7 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         elif not is_waiting and not is_held:
             self.num_orphans += 1
             logger.warning("call %s left the engine unseen; closed", call.rid)
+            self.swaps.forget(call.handle)
             table.finish(call)
 
 

@@ -23,6 +23,7 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.utils import TypeBasedDispatcher
 
 from autellix_sglang.config import ProgramConfig
+from autellix_sglang.core.kv import AUTO, break_even
 from autellix_sglang.engine.calibration import Calibration, measure
 from autellix_sglang.engine.http import RequestContext, current_request
 from autellix_sglang.errors import ControlError, IdentityError
@@ -31,6 +32,7 @@ from autellix_sglang.messages import (
     CALIBRATE,
     MESSAGES,
     OPEN,
+    STATS,
     TICK,
     ProgramControl,
     ProgramReply,
@@ -169,17 +171,29 @@ class ProgramTokenizerManager(TokenizerManager):  # type: ignore[misc]  # SGLang
                 time.sleep(0.05)
 
     async def calibrate(self) -> None:
-        """Measure `prefill_weight` on the live engine and tell the scheduler. Never raises.
+        """Measure on the live engine what the user left open, and tell the scheduler. Never raises.
 
-        Does nothing when the user gave a weight. Meant for the time before the server is ready; it
-        stops at the first sign of other traffic, whose work it would measure instead.
+        That is `prefill_weight`, and with `--program-kv auto` the break-even length. Meant for the
+        time before the server is ready; it stops at the first sign of other traffic, whose work it
+        would measure instead.
         """
-        if self.program_config.prefill_weight > 0:
+        config = self.program_config
+        is_link_wanted = config.kv == AUTO and not config.kv_break_even
+        if config.prefill_weight > 0 and not is_link_wanted:
             return
         try:
             found = await measure(self)
             if found is not None:
-                await self.program_control(_calibrate(found))
+                weight = None if config.prefill_weight > 0 else found.prefill_weight
+                tokens = await self._break_even(found) if is_link_wanted else None
+                await self.program_control(
+                    ProgramControl(
+                        op=CALIBRATE,
+                        now_s=time.monotonic(),
+                        prefill_weight=weight,
+                        kv_break_even=tokens,
+                    )
+                )
         except Exception as error:  # best effort, and whatever it is, serving must go on
             logger.warning("prefill_weight: %s: %s", type(error).__name__, error)
             found = None
@@ -191,9 +205,18 @@ class ProgramTokenizerManager(TokenizerManager):  # type: ignore[misc]  # SGLang
                 found.prefill_weight, found.prefill_token_s * 1e3, found.decode_step_s * 1e3,
             )  # fmt: skip
 
-
-def _calibrate(found: Calibration) -> ProgramControl:
-    return ProgramControl(op=CALIBRATE, now_s=time.monotonic(), prefill_weight=found.prefill_weight)
+    async def _break_even(self, found: Calibration) -> int | None:
+        """Tokens from which swapping pays, by rank 0's copies; None: never, or nothing to swap."""
+        reply = await self.program_control(ProgramControl(op=STATS, now_s=time.monotonic()))
+        token_s, fixed_s = reply.body["swap_token_s"], reply.body["swap_fixed_s"]
+        if token_s is None or fixed_s is None:
+            return None
+        tokens = break_even(found.prefill_token_s, token_s, fixed_s)
+        logger.info(
+            "swapping KV takes %.5f ms per token and %.3f ms per call; it pays from %s tokens",
+            token_s * 1e3, fixed_s * 1e3, tokens,
+        )  # fmt: skip
+        return tokens
 
 
 def _origin_of(obj: Any) -> _Origin:

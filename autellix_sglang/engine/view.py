@@ -60,8 +60,10 @@ class SchedulerView:
         req = call.handle
         match_kv_cache(req, self._scheduler.tree_cache)
         num_tokens = len(req.origin_input_ids) + len(req.output_ids)
-        uncached = max(1, num_tokens - req.num_matched_prefix_tokens)
-        return Demand(uncached + _max_new_tokens(req) + self._scheduler.page_size, uncached)
+        num_matched = req.num_matched_prefix_tokens
+        missing = max(1, num_tokens - num_matched)
+        uncached = max(1, num_tokens - self._scheduler.swaps.cached_tokens(req, num_matched))
+        return Demand(missing + _max_new_tokens(req) + self._scheduler.page_size, uncached)
 
     def holding(self, call: Call) -> int:
         req = call.handle

@@ -8,15 +8,17 @@ from bench.identity import Result, _summary
 def test_one_different_hash_is_not_identical() -> None:
     """All runs must agree; preemptions of stock SGLang are not counted as ours."""
     same = [Result("off", True, "a", 3, 0), Result("plas", True, "a", 5, 0, 10)]
-    assert (_summary(same)["identical"], _summary(same)["preemptions"]) == (True, 5)
-    assert not _summary([*same, Result("atlas", True, "b", 5, 0)])["identical"]
+    summary = _summary(same, "keep")
+    assert (summary["identical"], summary["preemptions"]) == (True, 5)
+    assert not _summary([*same, Result("atlas", True, "b", 5, 0)], "keep")["identical"]
 
 
 def test_leaks_and_losses_add_up() -> None:
     """A leak in any run shows in the total."""
     runs = [
         Result("off", True, "a", 0, 1),
-        Result("plas", True, "a", 0, 2, leaked_programs=3, leaked_kv_tokens=4),
+        Result("plas", True, "a", 0, 2, leaked_programs=3, leaked_kv_tokens=4, swaps_out=5),
     ]
-    summary = _summary(runs)
+    summary = _summary(runs, "swap")
     assert (summary["lost"], summary["leaked_programs"], summary["leaked_kv_tokens"]) == (3, 3, 4)
+    assert (summary["swaps_out"], summary["runs"][1]["kv"]) == (5, "swap")

@@ -164,7 +164,7 @@ def test_our_policies_share_one_server_and_are_selected_on_it(monkeypatch):
             'patched /program_config {"policy": "plas"}',
         ]
         with pytest.raises(ServerError, match="nonsense"):
-            server.set_policy(plas.base_url, "nonsense")
+            server.configure(plas.base_url, policy="nonsense")
 
     assert launched == ["off", "mlfq"]
 

@@ -15,14 +15,19 @@ import pytest
 from sglang.srt.entrypoints import engine, http_server
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
-from sglang.srt.managers.schedule_policy import SchedulePolicy
+from sglang.srt.managers.schedule_policy import PrefillAdder, SchedulePolicy
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.batch_result_processor import (
     SchedulerBatchResultProcessor,
 )
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
-from sglang.srt.mem_cache.common import match_kv_cache, release_kv_cache
+from sglang.srt.mem_cache.common import (
+    evict_from_tree_cache,
+    match_kv_cache,
+    release_kv_cache,
+)
+from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.utils import TypeBasedDispatcher
 
@@ -39,6 +44,13 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (Scheduler.process_batch_result, "(self, batch, result)"),
     (Scheduler.get_new_batch_prefill, "(self, running_batch)"),
     (Scheduler.on_idle, "(self)"),
+    (Scheduler.get_prefill_adder_class, "(self)"),
+    (Scheduler.flush_cache, "(self, empty_cache)"),
+    (PrefillAdder.add_one_req, "(self, req, has_chunked_req, truncation_align_size)"),
+    (Req.init_next_round_input, "(self, tree_cache, cow_mamba)"),
+    (Req.owned_kv_len, "(self)"),
+    (Req.refresh_fill_ids, "(self)"),
+    (evict_from_tree_cache, "(tree_cache, num_tokens)"),
     (Scheduler.is_fully_idle, "(self, for_health_check, ignore_waiting)"),
     (Scheduler.collect_inflight_reqs, "(self)"),
     (
@@ -123,6 +135,18 @@ def test_a_result_in_flight_is_dropped_for_a_request_that_was_taken_off() -> Non
 def test_a_readmitted_request_counts_as_running_again_at_once() -> None:
     """`is_retracted` ends in prepare_for_extend: hence victims are queued after the pass."""
     assert "req.is_retracted = False" in inspect.getsource(ScheduleBatch.prepare_for_extend)
+
+
+def test_admission_asks_for_the_tokens_we_count() -> None:
+    """A swapped call is restored right before SGLang admits it, by SGLang's own arithmetic."""
+    loop = inspect.getsource(Scheduler._get_new_batch_prefill_raw)
+    assert "adder = self.get_prefill_adder_class()(" in loop
+    assert loop.index("req.init_next_round_input(self.tree_cache)") < loop.index("add_one_req(")
+    source = inspect.getsource(PrefillAdder.add_one_req)
+    assert "cand_extend_input_len + max_new + self.per_req_token_overhead" in source
+    budget = inspect.getsource(PrefillBudget.check_prefill)
+    assert "if total_tokens < self.remaining_total" in budget
+    assert "available_size() + evictable" in inspect.getsource(PrefillBudget)
 
 
 def test_a_dispatcher_takes_more_types() -> None:

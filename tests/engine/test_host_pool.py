@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from autellix_sglang.engine.host_pool import DEFAULT_LIMIT_BYTES, HostPool, default_bytes
+from autellix_sglang.engine.host_pool import HostPool
 from autellix_sglang.engine.swap_op import KVPool
 
 KV = KVPool((torch.zeros(4, 8), torch.zeros(4, 8)))  # records of 64 bytes
@@ -83,10 +83,3 @@ def test_a_chunk_is_freed_once():
     pool.free(chunk)
     with pytest.raises(AssertionError, match="twice"):
         pool.free(chunk)
-
-
-def test_default_size_is_a_share_of_what_is_available():
-    """A quarter of available memory, at most 32 GiB, divided between the ranks."""
-    assert default_bytes(8 * 2**30) == 2 * 2**30
-    assert default_bytes(2**40) == DEFAULT_LIMIT_BYTES
-    assert default_bytes(8 * 2**30, num_ranks=4) == 2**29

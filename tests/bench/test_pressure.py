@@ -1,0 +1,35 @@
+"""What `bench.pressure` concludes from its runs."""
+
+from __future__ import annotations
+
+from bench.pressure import COUNTED, MODES, Result, summarize
+from bench.server import LEAKS
+
+
+def _result(kv: str, seconds: float, recomputed: int, answer: str = "a", leaked: int = 0) -> Result:
+    counts = dict.fromkeys(COUNTED, 0) | {"num_preemptions": 10, "recomputed_tokens": recomputed}
+    return Result(kv, seconds, answer, 0, counts, dict.fromkeys(LEAKS, leaked))
+
+
+RECOMPUTED = {"keep": 50, "drop": 100, "swap": 5, "auto": 10}
+
+
+def test_modes_are_compared_with_drop() -> None:
+    """Tokens by preemption, seconds by the median, each as a ratio to `drop`."""
+    runs = [_result(kv, s, RECOMPUTED[kv]) for kv in MODES for s in (2.0, 3.0, 10.0)]
+    summary = summarize(runs)
+    entries = {entry["kv"]: entry for entry in summary["results"]}
+    assert entries["swap"]["recomputed_tokens_per_preemption"] == 0.5
+    assert {kv: entry["recomputed_to_drop"] for kv, entry in entries.items()} == {
+        "keep": 0.5, "drop": 1.0, "swap": 0.05, "auto": 0.1,
+    }  # fmt: skip
+    assert {entry["time_to_drop"] for entry in entries.values()} == {1.0}
+    assert summary["share_evicted"] == 0.5
+    assert summary["identical"] and not summary["leaked"]
+
+
+def test_a_changed_answer_and_a_leak_show() -> None:
+    """One run that differs, or leaves something behind, is enough."""
+    runs = [_result(kv, 1.0, 1) for kv in MODES]
+    assert not summarize([*runs, _result("swap", 1.0, 1, answer="b")])["identical"]
+    assert summarize([*runs, _result("swap", 1.0, 1, leaked=2)])["leaked"] == 2 * len(LEAKS)
