@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autellix_sglang.core.program import Call, Phase, ProgramTable
+from autellix_sglang.core.sizes import ladder_of
 from autellix_sglang.identity import WIRE_KEY, CallTag
 
 _ATTRIBUTE = "autellix_tracked"
@@ -59,6 +60,7 @@ def open_call(table: ProgramTable, req: Any) -> Call:
         thread_id=tag.thread_id,
         parent_call_ids=tag.parent_call_ids,
         ends_program=tag.ends_program,
+        kinds=ladder_of(tag.tenant, tag.agent_name, req.origin_input_ids),
         handle=req,
     )
     return entry.call
