@@ -34,7 +34,8 @@ from typing import Final
 from autellix_sglang.config import ProgramConfig
 from autellix_sglang.core.planner import Demand, Planner
 from autellix_sglang.core.policy import POLICIES, Levels, Policy
-from autellix_sglang.core.program import Call, ProgramTable
+from autellix_sglang.core.program import Call, Program, ProgramTable
+from autellix_sglang.core.sizes import LEADING_TOKENS, Ladder
 from bench.sim_cache import Node, PrefixCache, cut
 from bench.sim_device import Device, attention_pairs
 from bench.sim_orders import ORDERS, decayed, served_tokens
@@ -138,6 +139,7 @@ class Blueprint:
     bases: tuple[int | None, ...]  # the call whose prompt and output begin this call's prompt
     leaders: tuple[int, ...]  # the call that defines this call's prompt
     fresh_tokens: tuple[int, ...]  # prompt tokens that no other call brings into the cache
+    ladder: Ladder  # its kinds, as the server sees them
 
     def steps(self, index: int, prefill_weight: float) -> float:
         """The work of a call that finds all it can in the cache."""
@@ -147,7 +149,33 @@ class Blueprint:
         return sum(self.steps(i, prefill_weight) for i in range(len(self.leaders)))
 
 
-def blueprint(trace: TraceProgram) -> Blueprint:
+class Kinds(Enum):
+    """What a server sees of a program's kind: its first prompt, also an agent name, or nothing."""
+
+    PROMPT = "prompt"
+    NAME = "name"
+    NONE = "none"
+
+
+def ladder(trace: TraceProgram, kinds: Kinds) -> Ladder:
+    """The kinds of a program as `core.sizes.ladder_of` would name them, from lengths alone.
+
+    The name that a header would carry is that of the corpus. Without it, programs that a replay
+    starts with the same tokens are known by what the trace says they share; a beginning that no
+    other program has tells nothing.
+    """
+    if kinds is Kinds.NONE:
+        return ()
+    first = trace.calls[0]
+    rungs = [("",), ("", "prompt", str(first.prompt_tokens.bit_length()))]
+    if kinds is Kinds.NAME:
+        rungs.append(("", "agent", trace.corpus))
+    elif first.shared_prefix_tokens >= LEADING_TOKENS:
+        rungs.append(("", "leading", trace.corpus, trace.prefix_group or "", first.op or ""))
+    return tuple(rungs)
+
+
+def blueprint(trace: TraceProgram, kinds: Kinds = Kinds.PROMPT) -> Blueprint:
     index = {call.id: i for i, call in enumerate(trace.calls)}
     waits = [trace.waits_for(call) for call in trace.calls]
     followers: list[list[int]] = [[] for _ in trace.calls]
@@ -163,6 +191,7 @@ def blueprint(trace: TraceProgram) -> Blueprint:
         tuple(None if base is None else index[base.id] for base in bases),
         tuple(index[leader.id] for leader in leaders),
         tuple(_fresh_tokens(trace, i) for i in range(len(waits))),
+        ladder(trace, kinds),
     )
 
 
@@ -360,27 +389,9 @@ class SimEngine:
             call_id=trace_call.id,
             thread_id=trace_call.thread,
             parent_call_ids=trace_call.parents,
-            kinds=self._kinds_of(program, leaf.end),
+            kinds=program.plan.ladder,
             handle=request,
         )
-
-    def _kinds_of(self, program: SimProgram, num_prompt: int):
-        import os
-        mode = os.environ.get("KINDS", "prefix")
-        trace = program.plan.trace
-        call = trace.calls[0]
-        octave = str(num_prompt.bit_length())
-        if mode == "none":
-            return ()
-        if mode == "known":
-            return (("",), ("", "prompt", octave), ("", "agent", trace.corpus))
-        if mode == "octave":
-            return (("",), ("", "prompt", octave))
-        if call.shared_prefix_tokens >= 64:
-            digest = repr((trace.corpus, trace.prefix_group, call.op))
-        else:
-            digest = str(program.number)
-        return (("",), ("", "prompt", octave), ("", "leading", digest))
 
     def _prompt_leaf(self, program: SimProgram, index: int) -> Node:
         """The cache node at which the prompt of a call ends, made if need be."""
@@ -410,9 +421,7 @@ class SimEngine:
     def _finish(self, request: Request) -> None:
         program, index = request.program, request.index
         served, at_s = program.served
-        program.served = (
-            decayed(served, self.now_s - at_s) + served_tokens(request), self.now_s
-        )
+        program.served = (decayed(served, self.now_s - at_s) + served_tokens(request), self.now_s)
         self._release(request)
         program.full_leaves[index] = self._keep(request)
         self.table.finish(request.call)
@@ -683,25 +692,24 @@ class SimEngine:
             heapq.heappush(self._events, (at, next(self._counter), program))
 
     def _steps_in_level(self, program: SimProgram) -> float:
-        """Decode steps until a running call of a settled program leaves its level; at least 1."""
+        """Decode steps until a running call of a settled program leaves its level; at least 1.
+
+        Of a learned policy: until the program's rank may change.
+        """
         levels, policy = self.table.levels, self.table.policy
-        if policy.is_learned:
-            left = program_edge(program) / len(program.decoding)
-            for request in program.decoding:
-                call = request.call
-                if call.promoted_until is not None:
-                    left = min(left, call.promoted_until - call.service)
-            return max(1.0, float(math.ceil(left - 1e-9))) if left < math.inf else math.inf
         rate = len(program.decoding) if policy.is_shared else 1
         least = math.inf
         for request in program.decoding:
             call = request.call
+            if call.promoted_until is not None:
+                least = min(least, call.promoted_until - call.service)
+            if policy.is_learned:
+                least = min(least, (_edge(call.program) - call.program.service) / rate)
+                continue
             attained = policy.attained(call)
             level = levels.level_of(attained)
             if level < len(levels.bounds):
                 least = min(least, (levels.bounds[level] - attained) / rate)
-            if call.promoted_until is not None:
-                least = min(least, call.promoted_until - call.service)
             if policy.is_shared and not call.is_promoted:
                 break  # its siblings attain with it
         return max(1.0, float(math.ceil(least - 1e-9))) if least < math.inf else math.inf
@@ -724,9 +732,9 @@ class SimEngine:
         assert len(running) + len(self.table.queue) == self.table.num_live_calls
 
 
-def program_edge(program):
-    p = next(iter(program.decoding)).call.program
-    return p.size.edge - p.service
+def _edge(program: Program) -> float:
+    assert program.size is not None
+    return program.size.edge
 
 
 def _program_record(program: SimProgram) -> ProgramRecord:

@@ -97,11 +97,11 @@ def compare(
     arrivals = poisson_arrivals(len(plans), rate, options.seed)
     run = serve.run_one(options.policy, base_url, mix, arrivals, live, 0)
     simulated = simulate(setup, setup.scheduling(options.policy), plans, arrivals)
-    _require_complete(run)
+    require_complete(run)
     return Pair(summarize(run), summarize(simulated))
 
 
-def _require_complete(run: Run) -> None:
+def require_complete(run: Run) -> None:
     num_lost = sum(not call.is_ok for call in run.calls)
     if num_lost:
         raise ServerError(f"{num_lost} calls were lost: nothing to compare")
@@ -112,9 +112,7 @@ def corpora_of(options: argparse.Namespace) -> dict[str, Sequence[TraceProgram]]
     if options.trace:
         loaded = (trace.load(path) for path in options.trace)
         return {programs[0].corpus: programs for programs in loaded}
-    return {
-        name: synthetic.generate(name, options.programs, options.seed) for name in BUILT_IN
-    }
+    return {name: synthetic.generate(name, options.programs, options.seed) for name in BUILT_IN}
 
 
 # --- command line -------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ POLICIES: Final[dict[str, Policy]] = {
 
 
 FIRST_QUANTUM: Final = 32.0  # steps, before a learned scale has seen programs
-LAST_SHARE: Final = 0.6
+LAST_SHARE: Final = 0.75
 TOLERANCE: Final = 1.2  # factor by which learned levels may be off
 
 

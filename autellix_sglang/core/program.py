@@ -103,7 +103,7 @@ class Program:
     running: dict[Call, None] = field(default_factory=dict, repr=False)
     finished: dict[Call, None] = field(default_factory=dict, repr=False)
     by_call_id: dict[str, list[Call]] = field(default_factory=dict, repr=False)
-    stall_steps: float = 0.0  # lifetime, with calls waiting and none running; less the present stall
+    stall_steps: float = 0.0  # with calls waiting and none running; the present stall not included
     stalled_since: float | None = None
     promote_at: float | None = None  # clock at which a call of it is promoted, if still stalled
     num_calls: int = 0

@@ -1,14 +1,15 @@
 """How much service programs take in all, learned per kind of program, and the rank that follows.
 
-A kind is what programs of one sort have in common and show on arrival. The kinds of a program form a
-ladder (`ladder_of`) from all traffic down to its agent's name or system prompt; it is counted on
+A kind is what programs of one sort have in common and show on arrival. The kinds of a program form
+a ladder (`ladder_of`) from all traffic down to its agent's name or system prompt; it is counted on
 every rung, and a rung that has seen few programs leans on the one above it. Where nothing was seen
 there is a heavy-tailed prior, under which a rank grows with what is attained, as in `plas`.
 
-Counted are, per bucket of service, programs that ended there and programs that went on. Their ratio
-is the hazard of ending there, and programs still under way do not bias it (Kaplan and Meier). Nobody
-tells for certain that a program is complete: one that is idle counts as complete so far, and the
-count is taken back when it goes on. A program counts for half once `HALF_LIFE` newer ones came.
+Counted are, per bucket of service, programs that ended there and programs that went on. Their
+ratio is the hazard of ending there, and programs still under way do not bias it (Kaplan and
+Meier). Nobody tells for certain that a program is complete: one that is idle counts as complete
+so far, and the count is taken back when it goes on. A program counts for half once `HALF_LIFE`
+newer ones came.
 
 Standard library only. No clock and no chance: everything follows from the order of the calls.
 """
@@ -31,7 +32,7 @@ EDGES: Final = (0.0, *(FIRST_EDGE * 2 ** (i / PER_OCTAVE) for i in range(NUM_BUC
 WIDTHS: Final = (*(high - low for low, high in pairwise(EDGES)), EDGES[-1])
 MIDDLES: Final = tuple(low + width / 2 for low, width in zip(EDGES, WIDTHS, strict=True))
 PRIOR_HAZARD: Final = 1 - 2 ** (-1 / PER_OCTAVE)  # half of the programs end per octave of service
-PRIOR_WEIGHT: Final = 4.0  # programs that the rung above stands for
+PRIOR_WEIGHT: Final = 1.0  # programs that the rung above stands for
 HALF_LIFE: Final = 256  # programs
 MAX_KINDS: Final = 1024  # remembered; the longest unseen go first
 LEADING_TOKENS: Final = 64  # what tells system prompts apart
@@ -220,4 +221,3 @@ class Sizes:
         """A program's rank in steps, by the most specific of its kinds of which any has ended."""
         known = next((rung for rung in reversed(size.rungs) if rung.num_ended >= 1), self.all)
         return known.ranks[size.bucket]
-
