@@ -4,7 +4,7 @@ import pytest
 
 from bench.server import ServerError
 from bench.sim_device import PRESETS
-from bench.sim_validate import MEASURES, Pair, require_complete, corpora_of, parser, setup_of
+from bench.sim_validate import Pair, corpora_of, parser, require_complete, setup_of
 from bench.stats import CallRecord, Outcome, ProgramRecord, Run
 
 
