@@ -34,7 +34,7 @@ from bench import serve, synthetic, trace
 from bench.common import format_table, print_result, provenance, say
 from bench.replay import poisson_arrivals
 from bench.serve import ServeOptions
-from bench.server import ServerError, policy_servers, server_info
+from bench.server import Endpoint, ServerError, policy_servers, server_info
 from bench.sim import Setup, capacity, simulate
 from bench.sim_device import Device, fitted
 from bench.sim_engine import blueprint
@@ -89,16 +89,20 @@ def setup_of(device: Device, options: argparse.Namespace, info: dict[str, Any]) 
 
 
 def compare(
-    base_url: str, setup: Setup, mix: Mix, options: argparse.Namespace, live: ServeOptions
+    endpoint: Endpoint, setup: Setup, mix: Mix, options: argparse.Namespace, number: int
 ) -> Pair:
     """Replay a mix on the server, and simulate the same arrivals."""
     plans = [blueprint(program) for program in mix.programs]
     rate = options.load * capacity(setup, plans)
     arrivals = poisson_arrivals(len(plans), rate, options.seed)
-    run = serve.run_one(options.policy, base_url, mix, arrivals, live, 0)
+    run = serve.run_one(endpoint, mix, arrivals, serve_options(options), number)
     simulated = simulate(setup, setup.scheduling(options.policy), plans, arrivals)
     require_complete(run)
     return Pair(summarize(run), summarize(simulated))
+
+
+def serve_options(options: argparse.Namespace) -> ServeOptions:
+    return ServeOptions(scale=options.scale, gaps="zero", seed=options.seed)
 
 
 def require_complete(run: Run) -> None:
@@ -155,17 +159,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def validate(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, fit, replay and simulate; prints a table, returns the JSON object."""
-    live = ServeOptions(scale=options.scale, gaps="zero", seed=options.seed)
+    live = serve_options(options)
     flags = ["--max-running-requests", str(options.slots)]
     pairs: dict[str, Pair] = {}
-    with policy_servers([options.policy], flags) as servers:
-        base_url = servers[options.policy].base_url
+    with policy_servers([options.policy], flags) as endpoints:
+        endpoint = endpoints[options.policy]
+        base_url = endpoint.base_url
         info = dict(server_info(base_url))
         say("measuring batches")
         decode, prefill = measure(over_http(base_url), FIT_REPEATS, options.slots, FIT_MAX_PROMPT)
         device = fitted("measured", decode, prefill, int(info["max_total_num_tokens"]))
         setup = setup_of(device, options, info)
-        for name, programs in corpora_of(options).items():
+        for number, (name, programs) in enumerate(corpora_of(options).items()):
             mix = trace.sample(
                 [programs],
                 options.programs,
@@ -175,9 +180,8 @@ def validate(options: argparse.Namespace) -> dict[str, Any]:
                 max_prompt_tokens=serve.read_limits(base_url, live).max_context_tokens,
             )
             if not pairs:
-                serve.warm_up({options.policy: base_url}, mix, live)
-            pairs[name] = compare(base_url, setup, mix, options, live)
-            servers[options.policy].check_alive()
+                serve.warm_up([base_url], mix, live)
+            pairs[name] = compare(endpoint, setup, mix, options, number)
     print(format_table(HEADER, [row for name in pairs for row in _rows(name, pairs[name])]))
     return {
         "policy": options.policy,
