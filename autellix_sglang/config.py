@@ -79,7 +79,7 @@ class ProgramConfig:
         if self.kv not in KV_CHOICES:
             raise ConfigError("--program-kv", f"{self.kv!r} is not one of {', '.join(KV_CHOICES)}")
         _require(self, "levels", 1 <= self.levels <= 64, "an integer from 1 to 64")
-        _require(self, "quantum", self.quantum > 0, "above 0")
+        _require(self, "quantum", self.quantum >= 0, "0 (learn it) or above")
         _require(self, "factor", 1 < self.factor <= 1000, "above 1, at most 1000")
         _require(self, "beta", self.beta >= 0, "0 (off) or above")
         _require(self, "min_run", self.min_run >= 0, "0 or above")

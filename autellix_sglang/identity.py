@@ -19,6 +19,10 @@ not valid UTF-8.
 Parents are a list of ids, and an empty list says something: the call waited for none. Who sends no
 list has not told.
 
+What sort of agent a program is may be told by header x-agent-name or body custom_params.agent_name,
+with the first call. It names no program: it only lets the scheduler learn how much work programs
+of that name take.
+
 Tenants. On a server without API keys the tenant is what `x-tenant-id` says, or "". On a server
 with keys it is the name of the key that the request carries ("open" for none, where the server
 lets that pass), and `x-tenant-id` only divides it further: "api", "api/alice". A key's name has no
@@ -43,6 +47,7 @@ CALL_HEADER: Final = "x-call-id"
 PARENTS_HEADER: Final = "x-parent-call-ids"
 END_HEADER: Final = "x-program-end"
 TENANT_HEADER: Final = "x-tenant-id"
+AGENT_NAME_HEADER: Final = "x-agent-name"
 AGENT_HEADERS: Final = (
     "x-claude-code-session-id",
     "x-session-id",
@@ -54,8 +59,12 @@ AGENT_HEADERS: Final = (
 )
 _OWN_HEADERS: Final = (
     PROGRAM_HEADER, THREAD_HEADER, CALL_HEADER, PARENTS_HEADER, END_HEADER, TENANT_HEADER,
+    AGENT_NAME_HEADER,
 )  # fmt: skip
 _KNOWN_HEADERS: Final = frozenset((*_OWN_HEADERS, *AGENT_HEADERS))
+_BODY_FIELDS: Final = (
+    "program_id", "thread_id", "call_id", "parent_call_ids", "program_end", "agent_name",
+)  # fmt: skip
 _FLAGS: Final = {"1": True, "true": True, "0": False, "false": False}
 
 RawHeaders = Iterable[tuple[bytes, bytes]]
@@ -71,6 +80,7 @@ class HeaderIdentity:
     call_id: str | None = None
     parent_call_ids: tuple[str, ...] | None = None
     ends_program: bool | None = None
+    agent_name: str | None = None
     tenant: str = ""
 
     @classmethod
@@ -94,6 +104,7 @@ class HeaderIdentity:
             call_id=_optional_id(CALL_HEADER, found),
             parent_call_ids=None if parents is None else parse_ids(PARENTS_HEADER, parents),
             ends_program=parse_flag(END_HEADER, found[END_HEADER]) if END_HEADER in found else None,
+            agent_name=_optional_id(AGENT_NAME_HEADER, found),
             tenant=tenant_of(_optional_id(TENANT_HEADER, found), key_name),
         )
 
@@ -107,6 +118,7 @@ class BodyIdentity:
     call_id: str | None = None
     parent_call_ids: tuple[str, ...] | None = None
     ends_program: bool | None = None
+    agent_name: str | None = None
     session_id: object = None  # SGLang's own field: checked only when it names the program
 
     @classmethod
@@ -118,7 +130,7 @@ class BodyIdentity:
             raise IdentityError("custom_params", "must be an object")
         found = {
             f"custom_params.{name}": custom_params[name]
-            for name in ("program_id", "thread_id", "call_id", "parent_call_ids", "program_end")
+            for name in _BODY_FIELDS
             if custom_params.get(name) is not None
         }
         parents = found.get("custom_params.parent_call_ids")
@@ -131,6 +143,7 @@ class BodyIdentity:
                 None if parents is None else parse_ids("custom_params.parent_call_ids", parents)
             ),
             ends_program=None if end is None else parse_flag("custom_params.program_end", end),
+            agent_name=_optional_id("custom_params.agent_name", found),
             session_id=session_id,
         )
 
@@ -149,6 +162,7 @@ class CallTag:
     ends_program: bool = False
     tenant: str = ""
     anonymous: bool = False
+    agent_name: str = ""
     now_s: float = 0.0  # the HTTP process's clock
 
     @classmethod
@@ -174,6 +188,7 @@ class CallTag:
             ends_program=_first(header.ends_program, body.ends_program, False),
             tenant=header.tenant,
             anonymous=named is None,
+            agent_name=header.agent_name or body.agent_name or "",
             now_s=now_s,
         )
 
@@ -192,6 +207,7 @@ class CallTag:
             "end": self.ends_program,
             "tenant": self.tenant,
             "anonymous": self.anonymous,
+            "agent": self.agent_name,
             "now": self.now_s,
         }
 
@@ -211,6 +227,7 @@ class CallTag:
             ends_program=wire["end"],
             tenant=wire["tenant"],
             anonymous=wire["anonymous"],
+            agent_name=wire["agent"],
             now_s=wire["now"],
         )
 

@@ -21,6 +21,7 @@ The last line of stdout is one JSON object (DESIGN section 11).
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -33,10 +34,10 @@ from typing import Any, Final
 from autellix_sglang.config import ProgramConfig, add_arguments, from_arguments
 from autellix_sglang.core.policy import POLICIES
 from autellix_sglang.errors import ConfigError
-from bench.common import Progress, format_table, print_result, provenance, say
+from bench.common import ROOT, Progress, format_table, print_result, provenance, say
 from bench.replay import poisson_arrivals
 from bench.sim_device import PRESETS, Device, DeviceError, attention_pairs, load_device
-from bench.sim_engine import BASELINES, Blueprint, Kv, Scheduling, SimEngine, blueprint
+from bench.sim_engine import BASELINES, Blueprint, Kinds, Kv, Scheduling, SimEngine, blueprint
 from bench.stats import Run, longest_decile_ratio, summarize
 from bench.synthetic import WORKLOADS, corpora
 from bench.trace import TraceError, load, sample
@@ -61,6 +62,7 @@ BARS: Final = {
     "mixed": (4.0, 5.5),
 }
 
+VALIDATION: Final = ROOT / "bench/results/sim_validate.json"
 ATTAINED: Final = ("plas", "atlas")
 FEW_PROGRAMS: Final = 60  # enough to estimate the capacity from
 RECORDED_PROGRAMS: Final = 1200
@@ -77,6 +79,7 @@ class Setup:
     chunk_tokens: int = 8192
     gap_scale: float = 1.0
     kv: Kv = Kv.KEEP
+    kinds: Kinds = Kinds.PROMPT
     config: ProgramConfig = ProgramConfig()
     seed: int = SEED
     window_s: float = MINUTES * 60
@@ -224,14 +227,14 @@ def summary(run: Run, stock: Run) -> Summary:
 
 def synthetic_plans(workload: str, setup: Setup, largest_load: float) -> list[Blueprint]:
     """As many programs of a built-in workload as its longest run needs."""
-    few = _drawn(workload, FEW_PROGRAMS, setup.seed)
+    few = _drawn(workload, FEW_PROGRAMS, setup)
     count = math.ceil(capacity(setup, few) * largest_load * setup.window_s * 1.1) + 20
-    return _drawn(workload, max(count, FEW_PROGRAMS), setup.seed)
+    return _drawn(workload, max(count, FEW_PROGRAMS), setup)
 
 
-def _drawn(workload: str, num_programs: int, seed: int) -> list[Blueprint]:
-    mix = sample(corpora(workload, num_programs, seed), num_programs, seed)
-    return [blueprint(program) for program in mix.programs]
+def _drawn(workload: str, num_programs: int, setup: Setup) -> list[Blueprint]:
+    mix = sample(corpora(workload, num_programs, setup.seed), num_programs, setup.seed)
+    return [blueprint(program, setup.kinds) for program in mix.programs]
 
 
 def recorded_plans(
@@ -248,7 +251,7 @@ def recorded_plans(
     )
     if mix.skipped:
         say(f"{mix.skipped} of {mix.candidates} programs do not fit the device and are left out")
-    return [blueprint(program) for program in mix.programs]
+    return [blueprint(program, setup.kinds) for program in mix.programs]
 
 
 # --- what is printed ----------------------------------------------------------------------------
@@ -371,8 +374,16 @@ def as_json(by_workload: Mapping[str, Curves], found: Sequence[Bar]) -> dict[str
             for key in ("program_token_latency_ms", "program_response_s", "longest_decile_ratio")
         },
         "bars": [asdict(bar) | {"verdict": bar.verdict} for bar in found],
-        "validation": {},
+        "validation": validation(),
     }
+
+
+def validation() -> dict[str, Any]:
+    """By trace, how far the simulator was from the live engine: the last `bench.sim_validate`."""
+    if not VALIDATION.exists():
+        return {}
+    errors: dict[str, Any] = json.loads(VALIDATION.read_text())["errors"]
+    return errors
 
 
 def _ratios(curves: Curves, level: str) -> dict[str, float | None]:
@@ -401,6 +412,8 @@ def parser() -> argparse.ArgumentParser:
     add("--chunk", type=int, default=8192, help="prefill tokens per pass (%(default)s)")
     add("--kv", type=Kv, choices=Kv, default=Kv.KEEP, metavar="{keep,swap,drop}",
         help="what becomes of a preempted call's KV (default: keep)")  # fmt: skip
+    add("--kinds", type=Kinds, choices=Kinds, default=Kinds.PROMPT, metavar="{prompt,name,none}",
+        help="what the server sees of a program's kind (default: prompt)")  # fmt: skip
     add("--scale", type=float, default=1.0, help="factor on recorded token counts")
     add("--max-calls", type=int, help="cut recorded programs off after this many calls")
     add("--gap-scale", type=float, default=1.0, help="factor on recorded tool and user times")
@@ -417,6 +430,7 @@ def setup_of(options: argparse.Namespace) -> Setup:
         chunk_tokens=options.chunk,
         gap_scale=options.gap_scale,
         kv=options.kv,
+        kinds=options.kinds,
         config=from_arguments(options),
         seed=options.seed,
         window_s=60 * minutes,

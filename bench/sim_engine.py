@@ -26,7 +26,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -34,9 +34,11 @@ from typing import Final
 from autellix_sglang.config import ProgramConfig
 from autellix_sglang.core.planner import Demand, Planner
 from autellix_sglang.core.policy import POLICIES, Levels, Policy
-from autellix_sglang.core.program import Call, ProgramTable
+from autellix_sglang.core.program import Call, Program, ProgramTable
+from autellix_sglang.core.sizes import LEADING_TOKENS, Ladder
 from bench.sim_cache import Node, PrefixCache, cut
 from bench.sim_device import Device, attention_pairs
+from bench.sim_orders import ORDERS, decayed, served_tokens
 from bench.stats import CallRecord, Outcome, ProgramRecord, Run, ServerProgramInfo
 from bench.trace import TraceProgram
 
@@ -88,6 +90,7 @@ BASELINES: Final[dict[str, Policy]] = {
     "program-fcfs": Policy(_nothing, groups_programs=True),
     "sjf": Policy(_call_work),
     "srpt": Policy(_program_left, is_shared=True, groups_programs=True),
+    **dict.fromkeys(ORDERS, Policy(_nothing)),
 }
 ONE_LEVEL: Final = Levels(1, 1.0, 2.0)
 FINE_LEVELS: Final = Levels(240, 1.0, 1.06)  # 1 to a million steps, 6 % apart
@@ -136,6 +139,7 @@ class Blueprint:
     bases: tuple[int | None, ...]  # the call whose prompt and output begin this call's prompt
     leaders: tuple[int, ...]  # the call that defines this call's prompt
     fresh_tokens: tuple[int, ...]  # prompt tokens that no other call brings into the cache
+    ladder: Ladder  # its kinds, as the server sees them
 
     def steps(self, index: int, prefill_weight: float) -> float:
         """The work of a call that finds all it can in the cache."""
@@ -145,7 +149,33 @@ class Blueprint:
         return sum(self.steps(i, prefill_weight) for i in range(len(self.leaders)))
 
 
-def blueprint(trace: TraceProgram) -> Blueprint:
+class Kinds(Enum):
+    """What a server sees of a program's kind: its first prompt, also an agent name, or nothing."""
+
+    PROMPT = "prompt"
+    NAME = "name"
+    NONE = "none"
+
+
+def ladder(trace: TraceProgram, kinds: Kinds) -> Ladder:
+    """The kinds of a program as `core.sizes.ladder_of` would name them, from lengths alone.
+
+    The name that a header would carry is that of the corpus. Without it, programs that a replay
+    starts with the same tokens are known by what the trace says they share; a beginning that no
+    other program has tells nothing.
+    """
+    if kinds is Kinds.NONE:
+        return ()
+    first = trace.calls[0]
+    rungs = [("",), ("", "prompt", str(first.prompt_tokens.bit_length()))]
+    if kinds is Kinds.NAME:
+        rungs.append(("", "agent", trace.corpus))
+    elif first.shared_prefix_tokens >= LEADING_TOKENS:
+        rungs.append(("", "leading", trace.corpus, trace.prefix_group or "", first.op or ""))
+    return tuple(rungs)
+
+
+def blueprint(trace: TraceProgram, kinds: Kinds = Kinds.PROMPT) -> Blueprint:
     index = {call.id: i for i, call in enumerate(trace.calls)}
     waits = [trace.waits_for(call) for call in trace.calls]
     followers: list[list[int]] = [[] for _ in trace.calls]
@@ -161,6 +191,7 @@ def blueprint(trace: TraceProgram) -> Blueprint:
         tuple(None if base is None else index[base.id] for base in bases),
         tuple(index[leader.id] for leader in leaders),
         tuple(_fresh_tokens(trace, i) for i in range(len(waits))),
+        ladder(trace, kinds),
     )
 
 
@@ -189,6 +220,7 @@ class SimProgram:
     decoding: dict[Request, None] = field(default_factory=dict)  # an ordered set
     records: dict[int, CallRecord] = field(default_factory=dict)
     event_at: float = math.inf  # decode step at which it has to be looked at
+    served: tuple[float, float] = (0.0, 0.0)  # decayed service in tokens, and when (`las`)
 
 
 @dataclass(slots=True, eq=False)
@@ -212,6 +244,7 @@ class Request:
     num_cached: int = 0  # found in the cache at its first admission
     settled_at: int = 0  # decode step up to which it was charged
     queue_s: float = 0.0
+    num_prefilled_before: int = 0  # tokens that the engine had prefilled when it came
     first_token_s: float | None = None
 
     @property
@@ -262,9 +295,11 @@ class SimEngine:
         self.cache = PrefixCache()
         self.now_s = 0.0
         self.weight = config.prefill_weight or device.prefill_weight
+        self.num_prefilled = 0
         self.num_recomputed = 0
         self.num_copied = 0
         self._scheduling = scheduling
+        self._order = ORDERS.get(scheduling.name)
         self._min_run = min_run
         self._is_clairvoyant = scheduling.baseline is not None
         self._num_slots = num_slots
@@ -347,12 +382,14 @@ class SimEngine:
                 f"call {trace_call.id} of program {program.plan.trace.id} needs"
                 f" {leaf.end + request.num_output} KV tokens; there are {self.device.kv_tokens}"
             )
+        request.num_prefilled_before = self.num_prefilled
         request.call = self.table.open_call(
             f"{program.number}/{index}",
             program_id=str(program.number),
             call_id=trace_call.id,
             thread_id=trace_call.thread,
             parent_call_ids=trace_call.parents,
+            kinds=program.plan.ladder,
             handle=request,
         )
 
@@ -383,6 +420,8 @@ class SimEngine:
 
     def _finish(self, request: Request) -> None:
         program, index = request.program, request.index
+        served, at_s = program.served
+        program.served = (decayed(served, self.now_s - at_s) + served_tokens(request), self.now_s)
         self._release(request)
         program.full_leaves[index] = self._keep(request)
         self.table.finish(request.call)
@@ -442,13 +481,21 @@ class SimEngine:
     def _admit(self) -> None:
         """Start waiting calls in order, up to the first that does not fit."""
         num_prefill = self._chunk_tokens - sum(r.num_missing for r in self._prefilling)
-        while len(self.table.queue) and self.free_slots > 0 and num_prefill > 0:
-            call = self.table.queue.first()
-            assert call is not None
+        for call in self._next_up():
+            if self.free_slots <= 0 or num_prefill <= 0:
+                return
             if self.demand(call).kv_tokens > self.free_kv_tokens:
                 return
             self._start(call.handle)
             num_prefill -= call.handle.num_missing
+
+    def _next_up(self) -> Iterator[Call]:
+        """Waiting calls in order; ask for another one only after starting the last one."""
+        queue = self.table.queue
+        if self._order is not None and len(queue):
+            yield from self._order(self, tuple(queue))
+        while (call := queue.first()) is not None:
+            yield call
 
     def _start(self, request: Request) -> None:
         node = self.cache.match(request.leaf)
@@ -522,6 +569,7 @@ class SimEngine:
             num_pairs += attention_pairs(num_before, num_now)
             request.num_missing -= num_now
             self._charge_prefill(request, num_before, num_now)
+        self.num_prefilled += num_tokens
         self.now_s += self.device.prefill_time_s(num_tokens, num_pairs)
         ready = [request for request in self._prefilling if request.num_missing == 0]
         for request in ready:
@@ -644,18 +692,24 @@ class SimEngine:
             heapq.heappush(self._events, (at, next(self._counter), program))
 
     def _steps_in_level(self, program: SimProgram) -> float:
-        """Decode steps until a running call of a settled program leaves its level; at least 1."""
+        """Decode steps until a running call of a settled program leaves its level; at least 1.
+
+        Of a learned policy: until the program's rank may change.
+        """
         levels, policy = self.table.levels, self.table.policy
         rate = len(program.decoding) if policy.is_shared else 1
         least = math.inf
         for request in program.decoding:
             call = request.call
+            if call.promoted_until is not None:
+                least = min(least, call.promoted_until - call.service)
+            if policy.is_learned:
+                least = min(least, (_edge(call.program) - call.program.service) / rate)
+                continue
             attained = policy.attained(call)
             level = levels.level_of(attained)
             if level < len(levels.bounds):
                 least = min(least, (levels.bounds[level] - attained) / rate)
-            if call.promoted_until is not None:
-                least = min(least, call.promoted_until - call.service)
             if policy.is_shared and not call.is_promoted:
                 break  # its siblings attain with it
         return max(1.0, float(math.ceil(least - 1e-9))) if least < math.inf else math.inf
@@ -676,6 +730,11 @@ class SimEngine:
         assert self.free_kv_tokens >= 0
         assert len(running) <= self._num_slots
         assert len(running) + len(self.table.queue) == self.table.num_live_calls
+
+
+def _edge(program: Program) -> float:
+    assert program.size is not None
+    return program.size.edge
 
 
 def _program_record(program: SimProgram) -> ProgramRecord:

@@ -9,7 +9,7 @@ defaults); `--grid` takes every combination of the axes instead. Axes are the se
 `config.py`, and three that are not settings:
 
 - `last`: the service in steps at which the last, open level begins. It chooses the number of
-  levels, with quantum and factor as they are;
+  levels, with quantum (32 where it is learned) and factor as they are;
 - `tie`: inside a level, by the program's arrival (the product) or by the call's own;
 - `unit`: what service is counted in. `steps` (the product: a prefill token costs what the engine
   measures), `tokens` (a prefill token costs as much as a generated one), `outputs` (nothing).
@@ -35,7 +35,7 @@ from statistics import geometric_mean
 from typing import Any, Final
 
 from autellix_sglang.config import ProgramConfig
-from autellix_sglang.core.policy import POLICIES, Policy
+from autellix_sglang.core.policy import FIRST_QUANTUM, POLICIES, Policy
 from autellix_sglang.errors import ConfigError
 from bench.common import Progress, format_table, print_result, provenance, say
 from bench.sim import Setup, at_rate, capacity, parser, setup_of, summary, workloads_of
@@ -46,11 +46,12 @@ from bench.trace import TraceError
 UNITS: Final = {"steps": 0.0, "tokens": 1.0, "outputs": 1e-9}  # as prefill_weight; 0 measures
 AXES: Final[dict[str, tuple[Any, ...]]] = {
     "levels": (2, 3, 4, 6, 8, 12),
-    "quantum": (8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0),
+    "quantum": (0.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0),
     "factor": (1.5, 2.0, 3.0, 4.0, 8.0),
     "last": (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 65536),
     "beta": (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
-    "min_run": (0.0, 8.0, 32.0, 128.0, 512.0),
+    "min_run": (0.0, 8.0, 32.0, 64.0, 128.0, 512.0),
+    "schedule_interval": (1, 4, 8, 16, 32),
     "tie": ("program", "call"),
     "unit": tuple(UNITS),
 }
@@ -80,6 +81,7 @@ def scheduling(base: Scheduling, values: Values) -> Scheduling:
         settings["prefill_weight"] = UNITS[values["unit"]]
     config = base.config.replace(**settings)
     if "last" in values:
+        config = config.replace(quantum=config.quantum or FIRST_QUANTUM)
         config = config.replace(levels=num_levels(config, values["last"]))
     return replace(base, config=config, policy=_policy(config, values.get("tie", "program")))
 

@@ -63,6 +63,7 @@ def test_all_headers_are_read():
             "x-parent-call-ids": "a, b,a",
             "x-program-end": "1",
             "x-tenant-id": "org",
+            "x-agent-name": "coder",
         }
     )
     assert tag == CallTag(
@@ -72,6 +73,7 @@ def test_all_headers_are_read():
         parent_call_ids=("a", "b"),
         ends_program=True,
         tenant="org",
+        agent_name="coder",
         now_s=5.0,
     )
 
@@ -84,6 +86,7 @@ def test_all_body_fields_are_read():
         "call_id": "C",
         "parent_call_ids": ["a", "b,c"],
         "program_end": True,
+        "agent_name": "coder",
         "temperature_schedule": [1, 2],
     }
     tag = resolve({}, params)
@@ -93,6 +96,7 @@ def test_all_body_fields_are_read():
         call_id="C",
         parent_call_ids=("a", "b,c"),
         ends_program=True,
+        agent_name="coder",
         now_s=5.0,
     )
 
@@ -104,11 +108,18 @@ def test_headers_win_over_body_fields():
         "x-call-id": "C",
         "x-parent-call-ids": "a",
         "x-program-end": "false",
+        "x-agent-name": "A",
     }
-    params = {"thread_id": "t", "call_id": "c", "parent_call_ids": ["b"], "program_end": True}
+    params = {
+        "thread_id": "t",
+        "call_id": "c",
+        "parent_call_ids": ["b"],
+        "program_end": True,
+        "agent_name": "b",
+    }
     tag = resolve(headers, params)
-    found = (tag.thread_id, tag.call_id, tag.parent_call_ids, tag.ends_program)
-    assert found == ("T", "C", ("a",), False)
+    found = (tag.thread_id, tag.call_id, tag.parent_call_ids, tag.ends_program, tag.agent_name)
+    assert found == ("T", "C", ("a",), False, "A")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +134,8 @@ def test_headers_win_over_body_fields():
     ],
 )
 @pytest.mark.parametrize(
-    "header", ["x-program-id", "x-thread-id", "x-call-id", "x-tenant-id", *AGENT_HEADERS]
+    "header",
+    ["x-program-id", "x-thread-id", "x-call-id", "x-tenant-id", "x-agent-name", *AGENT_HEADERS],
 )
 def test_malformed_header_is_named(header, value, reason):
     """A malformed id in a header is an error that names the header and the reason."""
@@ -140,6 +152,7 @@ def test_malformed_header_is_named(header, value, reason):
         ({"program_id": " a"}, "custom_params.program_id"),
         ({"thread_id": ""}, "custom_params.thread_id"),
         ({"call_id": ["c"]}, "custom_params.call_id"),
+        ({"agent_name": 3}, "custom_params.agent_name"),
         ({"parent_call_ids": {"a": 1}}, "custom_params.parent_call_ids"),
         ({"parent_call_ids": ["a", 1]}, "custom_params.parent_call_ids"),
         ({"parent_call_ids": "a,,b"}, "custom_params.parent_call_ids"),
@@ -217,7 +230,7 @@ def test_tenant_stays_within_its_key(tenant_id, key_name, expected):
 
 def test_wire_round_trip():
     """A tag survives its flat wire form, which has nothing deeper than scalars."""
-    tag = resolve({"x-program-id": "P", "x-parent-call-ids": "a,b c", "x-program-end": "1"})
+    tag = resolve({"x-program-id": "P", "x-parent-call-ids": "a,b c", "x-agent-name": "A"})
     wire = tag.to_wire()
     assert CallTag.from_wire(wire) == tag
     assert all(isinstance(value, str | bool | float) for value in wire.values())

@@ -19,14 +19,17 @@ if TYPE_CHECKING:
 class Policy:
     """One row of the registry.
 
-    `attained(call)` is in steps and never shrinks while the call lives. `is_shared` says that all
-    calls of a program attain together, so that charging one of them may move its siblings.
-    `groups_programs` orders calls of one level by their program's arrival and not by their own.
+    `attained(call)` is in steps. `is_shared` says that all calls of a program attain together, so
+    that charging one of them may move its siblings. `groups_programs` orders calls of one level by
+    their program's arrival and not by their own. What is `is_learned` is not attained but a rank,
+    which changes only as the program enters or leaves a bucket of `core.sizes`; else it never
+    shrinks while the call lives.
     """
 
     attained: Callable[[Call], float]
     is_shared: bool = False
     groups_programs: bool = False
+    is_learned: bool = False
 
 
 def _nothing(call: Call) -> float:
@@ -49,25 +52,58 @@ def _path_service(call: Call) -> float:
     return call.base_path + call.service
 
 
+def _rank(call: Call) -> float:
+    """Gittins: the program's rank by what its kind has been seen to take (`core.sizes`)."""
+    return call.program.rank
+
+
 POLICIES: Final[dict[str, Policy]] = {
     "fcfs": Policy(_nothing),
     "mlfq": Policy(_call_service),
     "plas": Policy(_program_service, is_shared=True, groups_programs=True),
     "atlas": Policy(_path_service, groups_programs=True),
+    "gittins": Policy(_rank, is_shared=True, groups_programs=True, is_learned=True),
 }
+
+
+FIRST_QUANTUM: Final = 32.0  # steps, before a learned scale has seen programs
+LAST_SHARE: Final = 0.75
+TOLERANCE: Final = 1.2  # factor by which learned levels may be off
 
 
 class Levels:
     """Half-open ranges of attained service: level i ends at `quantum * factor**i` steps.
 
-    The last of the `count` levels has no end.
+    The last of the `count` levels has no end. With quantum 0 the scale is learned: it is what keeps
+    the begin of the last level at `LAST_SHARE` of the mean service of a program.
     """
 
     def __init__(self, count: int, quantum: float, factor: float) -> None:
-        self.bounds = [quantum * factor**i for i in range(count - 1)]
+        self.is_learned = quantum == 0
         self.count = count
+        self.factor = factor
+        self._scale_to(quantum or FIRST_QUANTUM)
+
+    def _scale_to(self, quantum: float) -> None:
         self.quantum = quantum
+        self.bounds = [quantum * self.factor**i for i in range(self.count - 1)]
+
+    def for_mean(self, mean: float) -> Levels:
+        """Levels for programs of this mean service in steps: these, unless they are far off."""
+        if not self.is_learned or not self.bounds or mean <= 0:
+            return self
+        quantum = LAST_SHARE * mean / self.factor ** (self.count - 2)
+        if 1 / TOLERANCE < quantum / self.quantum < TOLERANCE:
+            return self
+        levels = Levels(self.count, 0, self.factor)
+        levels._scale_to(quantum)
+        return levels
 
     def level_of(self, attained: float) -> int:
         """0 is best; a value equal to a bound belongs to the level after it."""
         return bisect_right(self.bounds, attained)
+
+    def quantum_at(self, attained: float) -> float:
+        """The service that the level of this value allots; the last level's is its begin."""
+        level = self.level_of(attained)
+        return self.quantum if level == 0 else self.bounds[level - 1]

@@ -16,10 +16,12 @@ from typing import Any, Final
 
 from autellix_sglang.core.policy import Levels, Policy
 from autellix_sglang.core.queue import CallQueue, Key
+from autellix_sglang.core.sizes import Ladder, Size, Sizes
 from autellix_sglang.errors import UnknownProgramError
 
 MAX_CALLS_KEPT: Final = 4096  # finished calls remembered per program, for parents and for GET
 MAX_IDLE_PROGRAMS: Final = 65_536  # idle programs remembered; the longest idle go first
+RESCALE_EVERY: Final = 16  # programs between two looks at whether levels still fit their sizes
 
 ProgramKey = tuple[str, str]  # tenant, program id
 
@@ -101,11 +103,12 @@ class Program:
     running: dict[Call, None] = field(default_factory=dict, repr=False)
     finished: dict[Call, None] = field(default_factory=dict, repr=False)
     by_call_id: dict[str, list[Call]] = field(default_factory=dict, repr=False)
-    wait_window: float = 0.0  # since the last promotion: steps with calls waiting and none running
-    service_window: float = 0.0  # since the last promotion
+    stall_steps: float = 0.0  # with calls waiting and none running; the present stall not included
     stalled_since: float | None = None
     promote_at: float | None = None  # clock at which a call of it is promoted, if still stalled
     num_calls: int = 0
+    size: Size | None = None  # what is learned from it; None before its first call
+    rank: float = 0.0  # in steps, less is better; kept where the policy is learned
 
     @property
     def tenant(self) -> str:
@@ -176,6 +179,7 @@ class ProgramTable:
         self.num_events = 0  # arrivals, starts, finishes, level changes, promotions
         self.counters = Counters()
         self.queue = CallQueue()
+        self.sizes = Sizes()
         self._programs: OrderedDict[ProgramKey, Program] = OrderedDict()  # by last activity
         self._calls: dict[str, Call] = {}  # live calls by rid
         self._num_idle = 0
@@ -187,9 +191,8 @@ class ProgramTable:
         self.policy, self.levels = policy, levels
         self.beta, self.ttl_s = beta, ttl_s
         for program in self._programs.values():
-            program.level = 0
-            for call in (*program.running, *program.waiting):
-                self._place(call)
+            self._rank(program)
+        self._place_all()
         self._stalls.clear()
         for program in self._programs.values():
             self._watch(program)
@@ -297,6 +300,7 @@ class ProgramTable:
         thread_id: str = "",
         parent_call_ids: Sequence[str] | None = None,
         ends_program: bool = False,
+        kinds: Ladder = (),
         handle: Any = None,
     ) -> Call:
         """A new waiting call; without `program_id` it is a program of its own.
@@ -320,6 +324,12 @@ class ProgramTable:
             ends_program, handle,
         )  # fmt: skip
         self._num_idle -= not program.is_live
+        if program.size is None:
+            self._enter_size(program, kinds)
+        elif not program.is_live:
+            self.sizes.resume(program.size)
+        if not program.is_live:
+            self._rank(program)
         self._calls[rid] = call
         program.by_call_id.setdefault(call.call_id, []).append(call)
         program.num_calls += 1
@@ -365,7 +375,10 @@ class ProgramTable:
         program.is_ended |= call.ends_program
         self.num_events += 1
         self.counters.num_finished += 1
-        self._num_idle += not program.is_live
+        if not program.is_live:
+            self._num_idle += 1
+            if program.size is not None and program.service > 0:
+                self.sizes.rest(program.size)
         self._note_activity(program)
         self._update_stall(program)
         if program.stalled_since is not None:
@@ -379,7 +392,10 @@ class ProgramTable:
         level_before = program.level
         call.service += steps
         program.service += steps
-        program.service_window += steps
+        assert program.size is not None
+        if program.service >= program.size.edge:
+            self.sizes.attain(program.size, program.service)
+            self._rank(program)
         if call.promoted_until is not None and call.service >= call.promoted_until:
             self._end_promotion(call)
         self._place(call)
@@ -412,12 +428,36 @@ class ProgramTable:
         self._next_seq += 1
         return self._next_seq
 
+    # -- sizes -----------------------------------------------------------------------------------
+
+    def _enter_size(self, program: Program, kinds: Ladder) -> None:
+        """Count a new program; where the levels follow the mean of sizes, they may move."""
+        program.size = self.sizes.enter(kinds)
+        if self.levels.is_learned and self.sizes.all.num_programs % RESCALE_EVERY == 0:
+            levels = self.levels.for_mean(self.sizes.all.mean_service())
+            if levels is not self.levels:
+                self.levels = levels
+                self._place_all()
+
+    def _rank(self, program: Program) -> None:
+        if self.policy.is_learned and program.size is not None:
+            program.rank = self.sizes.rank(program.size)
+
+    def _place_all(self) -> None:
+        for program in self._programs.values():
+            program.level = 0
+            for call in (*program.running, *program.waiting):
+                self._place(call)
+
     # -- levels and order ------------------------------------------------------------------------
 
     def _place(self, call: Call) -> None:
         """Set the call's level and key from its attained service, or from its promotion."""
         level = self.levels.level_of(self.policy.attained(call))
-        call.program.level = max(call.program.level, level)
+        if self.policy.is_shared:
+            call.program.level = level
+        else:
+            call.program.level = max(call.program.level, level)
         level = 0 if call.is_promoted else level
         if level != call.level:
             self.counters.num_demotions += level > call.level
@@ -452,14 +492,14 @@ class ProgramTable:
             program.stalled_since = self.clock
             self._watch(program)
         elif not is_stalled and program.stalled_since is not None:
-            program.wait_window += self.clock - program.stalled_since
+            program.stall_steps += self.clock - program.stalled_since
             program.stalled_since = program.promote_at = None
 
     def _watch(self, program: Program) -> None:
         """File the clock at which a stalled program's waiting reaches beta x its service."""
         if self.beta and program.stalled_since is not None:
-            allowed = self.beta * max(program.service_window, self.levels.quantum)
-            at = program.stalled_since + max(0.0, allowed - program.wait_window)
+            allowed = self.beta * max(program.service, self.levels.quantum)
+            at = program.stalled_since + max(0.0, allowed - program.stall_steps)
             program.promote_at = at
             heapq.heappush(self._stalls, (at, program.seq, program.key))
             if len(self._stalls) > 4 * len(self._programs) + 64:  # most are out of date
@@ -471,20 +511,20 @@ class ProgramTable:
         return program if program is not None and program.promote_at == entry[0] else None
 
     def _promote(self, call: Call) -> None:
-        """Level 0 until the call has run one level-0 quantum."""
+        """Level 0 for a quantum of the level that the program's service would give it.
+
+        Quanta grow with the levels, so a program about doubles its service by one promotion, and
+        who is owed much does not come back for many small turns, each of which costs a preemption.
+        """
         if call.level > 0:
-            call.promoted_until = call.service + self.levels.quantum
+            call.promoted_until = call.service + self.levels.quantum_at(call.program.service)
             call.num_promotions += 1
             self.counters.num_promotions += 1
             self._place(call)
 
     def _end_promotion(self, call: Call) -> None:
-        program = call.program
         call.promoted_until = None
-        program.wait_window = program.service_window = 0.0
-        if program.stalled_since is not None:
-            program.stalled_since = self.clock
-            self._watch(program)
+        self._watch(call.program)
         self._place(call)
 
     # -- integrity -------------------------------------------------------------------------------
@@ -509,6 +549,8 @@ class ProgramTable:
         assert (program.stalled_since is not None) == bool(program.waiting and not program.running)
         if self.beta and program.stalled_since is not None and program.promote_at is None:
             assert min(program.waiting, key=lambda c: c.order_key).level == 0, "starves unwatched"
+        assert program.size is None or program.size.edge > program.service
+        assert program.size is None or not (program.size.is_ended and program.is_live)
         for call in program.waiting:
             assert call.phase is Phase.WAITING
             assert call in queued

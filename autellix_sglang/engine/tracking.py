@@ -9,6 +9,7 @@ from sglang.srt.managers.schedule_batch import FINISH_MATCHED_TOKEN
 
 from autellix_sglang.core.infer import History, HistoryIndex, Origin
 from autellix_sglang.core.program import Call, Phase, ProgramTable
+from autellix_sglang.core.sizes import ladder_of
 from autellix_sglang.identity import WIRE_KEY, CallTag
 
 _ATTRIBUTE = "autellix_tracked"
@@ -70,6 +71,7 @@ def open_call(table: ProgramTable, req: Any, index: HistoryIndex | None = None) 
         thread_id=tag.thread_id,
         parent_call_ids=tag.parent_call_ids,
         ends_program=tag.ends_program,
+        kinds=ladder_of(tag.tenant, tag.agent_name, req.origin_input_ids),
         handle=req,
     )
     return entry.call

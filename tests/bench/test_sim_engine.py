@@ -23,7 +23,7 @@ UNIT = Device(
     copy_token_s=0.25,
     kv_tokens=1000,
 )
-POLICIES = ("fcfs", "mlfq", "plas", "atlas")
+POLICIES = ("fcfs", "mlfq", "plas", "atlas", "gittins")
 KNOWN = [*POLICIES, *BASELINES]
 
 

@@ -50,6 +50,13 @@ def test_the_last_level_begins_where_it_is_put():
     assert scheduling(BASE, {"quantum": 512.0, "factor": 4.0, "last": 2048}).config.levels == 3
 
 
+def test_a_learned_quantum_makes_way_for_a_given_last_level():
+    """Where the last level begins cannot be both learned and swept."""
+    base = Scheduling(config=ProgramConfig(quantum=0.0))
+
+    assert scheduling(base, {"last": 2048}).config.quantum > 0
+
+
 def test_a_value_that_no_server_accepts_is_refused():
     """The sweep goes through the product's own checks."""
     with pytest.raises(ConfigError, match="--program-factor"):

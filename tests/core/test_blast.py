@@ -21,7 +21,7 @@ def random_config(rng: random.Random, policy: str) -> ProgramConfig:
     return ProgramConfig(
         policy=policy,
         levels=rng.choice([1, 2, 4, 8]),
-        quantum=rng.choice([0.7, 3, 10]),
+        quantum=rng.choice([0, 0.7, 3, 10]),
         factor=rng.choice([1.3, 2, 4]),
         beta=rng.choice([0, 0.5, 2, 8]),
         min_run=rng.choice([0, 1, 4]),

@@ -174,7 +174,13 @@ def test_groups_keep_a_program_together() -> None:
             table.open_call(rid, program_id=rid[0])
         order[policy] = [call.rid for call in table.queue]
     mixed, grouped = ["a1", "b1", "a2"], ["a1", "a2", "b1"]
-    assert order == {"fcfs": mixed, "mlfq": mixed, "plas": grouped, "atlas": grouped}
+    assert order == {
+        "fcfs": mixed,
+        "mlfq": mixed,
+        "plas": grouped,
+        "atlas": grouped,
+        "gittins": grouped,
+    }
 
 
 @pytest.mark.parametrize("policy", POLICIES)

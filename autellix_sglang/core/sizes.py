@@ -1,0 +1,223 @@
+"""How much service programs take in all, learned per kind of program, and the rank that follows.
+
+A kind is what programs of one sort have in common and show on arrival. The kinds of a program form
+a ladder (`ladder_of`) from all traffic down to its agent's name or system prompt; it is counted on
+every rung, and a rung that has seen few programs leans on the one above it. Where nothing was seen
+there is a heavy-tailed prior, under which a rank grows with what is attained, as in `plas`.
+
+Counted are, per bucket of service, programs that ended there and programs that went on. Their
+ratio is the hazard of ending there, and programs still under way do not bias it (Kaplan and
+Meier). Nobody tells for certain that a program is complete: one that is idle counts as complete
+so far, and the count is taken back when it goes on. A program counts for half once `HALF_LIFE`
+newer ones came.
+
+Standard library only. No clock and no chance: everything follows from the order of the calls.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import pairwise
+from math import inf
+from typing import Final
+
+FIRST_EDGE: Final = 8.0  # steps
+PER_OCTAVE: Final = 4
+NUM_BUCKETS: Final = 72  # the last one begins near 1.5 million steps and has no end
+EDGES: Final = (0.0, *(FIRST_EDGE * 2 ** (i / PER_OCTAVE) for i in range(NUM_BUCKETS - 1)))
+WIDTHS: Final = (*(high - low for low, high in pairwise(EDGES)), EDGES[-1])
+MIDDLES: Final = tuple(low + width / 2 for low, width in zip(EDGES, WIDTHS, strict=True))
+PRIOR_HAZARD: Final = 1 - 2 ** (-1 / PER_OCTAVE)  # half of the programs end per octave of service
+PRIOR_WEIGHT: Final = 1.0  # programs that the rung above stands for
+HALF_LIFE: Final = 256  # programs
+MAX_KINDS: Final = 1024  # remembered; the longest unseen go first
+LEADING_TOKENS: Final = 64  # what tells system prompts apart
+REWARD: Final = 1.0  # a program of S steps is worth S ** -REWARD when it ends
+_NOTHING: Final = 1e-9  # programs: decides only where none was seen
+_RESCALE_AFTER: Final = 64 * HALF_LIFE
+
+Ladder = tuple[tuple[str, ...], ...]
+
+
+def ladder_of(tenant: str, agent_name: str, prompt_ids: Sequence[int]) -> Ladder:
+    """The kinds of a program by its first call, the widest first.
+
+    They are its tenant; the tenant's programs that begin with a prompt of similar length; and those
+    of the same agent name or, without one, of the same `LEADING_TOKENS`.
+    """
+    num_prompt = len(prompt_ids)
+    rungs = [(tenant,), (tenant, "prompt", str(num_prompt.bit_length()))]
+    if agent_name:
+        rungs.append((tenant, "agent", agent_name))
+    elif num_prompt >= LEADING_TOKENS:
+        leading = array("q", prompt_ids[:LEADING_TOKENS]).tobytes()
+        rungs.append((tenant, "leading", blake2b(leading, digest_size=8).hexdigest()))
+    return tuple(rungs)
+
+
+class Kind:
+    """One rung: weighted counts of programs per bucket, and the ranks that follow from them."""
+
+    def __init__(self, parent: Kind | None) -> None:
+        self.parent = parent
+        self.num_programs = 0
+        self._ended = array("d", bytes(8 * NUM_BUCKETS))
+        self._passed = array("d", bytes(8 * NUM_BUCKETS))
+        self._base = 0  # the number of the program whose weight is 1
+        self._num_new = 0  # programs since hazards and ranks were made
+        self._hazards: tuple[float, ...] = ()
+        self._ranks: tuple[float, ...] = ()
+
+    def enter(self) -> int:
+        """Give a new program its number, which decides its weight in all that follows."""
+        self.num_programs += 1
+        self._num_new += 1
+        if self.num_programs - self._base > _RESCALE_AFTER:
+            self._base += _RESCALE_AFTER
+            for counts in (self._ended, self._passed):
+                for i, count in enumerate(counts):
+                    counts[i] = count * 2.0 ** (-_RESCALE_AFTER / HALF_LIFE)
+        return self.num_programs
+
+    def note_passed(self, number: int, bucket: int) -> None:
+        """A program went on beyond a bucket."""
+        self._passed[bucket] += self._weight(number)
+
+    def note_ended(self, number: int, bucket: int) -> None:
+        """A program ended in a bucket, so far."""
+        self._ended[bucket] += self._weight(number)
+
+    def take_back_end(self, number: int, bucket: int) -> None:
+        self._ended[bucket] = max(0.0, self._ended[bucket] - self._weight(number))
+
+    def _weight(self, number: int) -> float:
+        return 2.0 ** ((number - self._base) / HALF_LIFE)
+
+    @property
+    def num_ended(self) -> float:
+        """Programs that ended, each by its weight over that of one that comes now."""
+        return sum(self._ended) / self._weight(self.num_programs)
+
+    @property
+    def hazards(self) -> tuple[float, ...]:
+        """Per bucket, the share of the programs in it that end in it."""
+        self._refresh()
+        return self._hazards
+
+    @property
+    def ranks(self) -> tuple[float, ...]:
+        """Per bucket, the rank in steps of a program in it; less is better."""
+        self._refresh()
+        return self._ranks
+
+    def mean_service(self) -> float:
+        """Mean service of a program in steps, as far as any has been seen to go."""
+        alive, total = 1.0, 0.0
+        for bucket, hazard in enumerate(self.hazards):
+            if not self._ended[bucket] and not self._passed[bucket]:
+                break
+            total += alive * WIDTHS[bucket] * (1 - hazard / 2)
+            alive *= 1 - hazard
+        return total
+
+    def _refresh(self) -> None:
+        """Make hazards and ranks anew once an eighth more programs have come."""
+        if not self._hazards or self._num_new >= max(4.0, self.num_ended / 8):
+            self._refresh_now()
+
+    def _refresh_now(self) -> None:
+        self._num_new = 0
+        if self.parent is None:
+            above, prior = (PRIOR_HAZARD,) * NUM_BUCKETS, _NOTHING
+        else:
+            above, prior = self.parent.hazards, PRIOR_WEIGHT * self._weight(self.num_programs)
+        self._hazards = tuple(
+            (ended + prior * hazard) / (ended + passed + prior)
+            for ended, passed, hazard in zip(self._ended, self._passed, above, strict=True)
+        )
+        self._ranks = tuple(rank(self._hazards, bucket) for bucket in range(NUM_BUCKETS))
+
+
+def rank(hazards: Sequence[float], start: int) -> float:
+    """The rank in steps of a program at the start of a bucket, from its Gittins index.
+
+    The index is the best ratio, over all services d at which one might stop, of the expected
+    reward for ending within d to the expected service until then. Its dimension is steps to the
+    -(1 + REWARD), so that root makes steps of it: S for a program sure to need S.
+    """
+    alive, reward, cost, best = 1.0, 0.0, 0.0, 0.0
+    for bucket in range(start, NUM_BUCKETS):
+        hazard = hazards[bucket]
+        reward += alive * hazard * MIDDLES[bucket] ** -REWARD
+        cost += alive * WIDTHS[bucket] * (1 - hazard / 2)
+        best = max(best, reward / cost)
+        alive *= 1 - hazard
+        if alive < 1e-6:
+            break
+    return best ** (-1 / (1 + REWARD))
+
+
+@dataclass(slots=True, eq=False)
+class Size:
+    """What is counted of one program: the rungs, its number on each, and how far it has come."""
+
+    rungs: tuple[Kind, ...]
+    numbers: tuple[int, ...]
+    bucket: int = 0
+    edge: float = EDGES[1]  # service at which it leaves its bucket
+    is_ended: bool = False
+
+
+class Sizes:
+    """Owns the kinds, and is told by the process table what programs do."""
+
+    def __init__(self) -> None:
+        self.all = Kind(None)
+        self._kinds: OrderedDict[tuple[str, ...], Kind] = OrderedDict()
+
+    def enter(self, ladder: Ladder) -> Size:
+        """Count a new program as one of these kinds."""
+        rungs = [self.all]
+        for name in ladder:
+            rungs.append(self._kind(name, rungs[-1]))
+        return Size(tuple(rungs), tuple(rung.enter() for rung in rungs))
+
+    def _kind(self, name: tuple[str, ...], parent: Kind) -> Kind:
+        kind = self._kinds.get(name)
+        if kind is None:
+            kind = self._kinds[name] = Kind(parent)
+            if len(self._kinds) > MAX_KINDS:
+                self._kinds.popitem(last=False)
+        self._kinds.move_to_end(name)
+        return kind
+
+    def attain(self, size: Size, service: float) -> None:
+        """A program's service has grown to this."""
+        while service >= size.edge:
+            for rung, number in zip(size.rungs, size.numbers, strict=True):
+                rung.note_passed(number, size.bucket)
+            size.bucket += 1
+            size.edge = EDGES[size.bucket + 1] if size.bucket + 1 < NUM_BUCKETS else inf
+
+    def rest(self, size: Size) -> None:
+        """A program has no live call any more: it counts as complete so far."""
+        if not size.is_ended:
+            size.is_ended = True
+            for rung, number in zip(size.rungs, size.numbers, strict=True):
+                rung.note_ended(number, size.bucket)
+
+    def resume(self, size: Size) -> None:
+        """A program has a live call again: it was not complete."""
+        if size.is_ended:
+            size.is_ended = False
+            for rung, number in zip(size.rungs, size.numbers, strict=True):
+                rung.take_back_end(number, size.bucket)
+
+    def rank(self, size: Size) -> float:
+        """A program's rank in steps, by the most specific of its kinds of which any has ended."""
+        known = next((rung for rung in reversed(size.rungs) if rung.num_ended >= 1), self.all)
+        return known.ranks[size.bucket]

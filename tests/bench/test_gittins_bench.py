@@ -1,0 +1,59 @@
+"""The bars of the learning policy: how workloads shift, how verdicts are made, one small run."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from bench.gittins import ALIKE, Limit, Verdict, grown, main, swapped
+from bench.sim_engine import Kinds, blueprint
+from bench.synthetic import corpora
+from bench.trace import sample
+
+
+def plans_of(workload, count=30, kinds=Kinds.NAME):
+    mix = sample(corpora(workload, count, 0), count, 0)
+    return [blueprint(program, kinds) for program in mix.programs]
+
+
+def kind_of(plan):
+    """The corpus that the policy is told."""
+    return plan.ladder[-1][-1]
+
+
+def test_swapped_kinds_arrive_under_the_next_name_from_the_middle_on():
+    """The first half is what it says; then every corpus goes by the name of another."""
+    drawn = swapped(plans_of("mixed"))(40)
+
+    assert all(kind_of(plan) == plan.trace.corpus for plan in drawn[:20])
+    pairs = Counter((kind_of(plan), plan.trace.corpus) for plan in drawn[20:])
+    assert len(pairs) == len(ALIKE)
+    assert all(name != corpus for name, corpus in pairs)
+
+
+def test_grown_programs_look_like_the_small_ones():
+    """All arrive under one name; those of the second half are another corpus's."""
+    drawn = grown(plans_of("chat"), plans_of("tree"))(20)
+
+    assert {kind_of(plan) for plan in drawn} == {"synthetic-chat"}
+    assert {plan.trace.kind for plan in drawn[10:]} == {"tree"}
+
+
+def test_a_verdict_is_of_the_geometric_mean_over_seeds():
+    """0.8 and 1.25 make 1.0, which keeps a bar of 1.0."""
+    verdict = Verdict("mixed", 1.0, Limit(("program_response_s", "p99"), "fcfs", 1.0), (0.8, 1.25))
+
+    assert verdict.value == pytest.approx(1.0)
+    assert verdict.row()[-1] == ("met" if verdict.is_met else "missed")
+
+
+def test_the_command_judges_every_bar(capsys):
+    """A short run says value and verdict of each bar, and counts the missed ones."""
+    argv = ["--minutes", "0.3", "--loads", "1.5", "--seeds", "1", "--slots", "4"]
+    assert main(argv) == 0
+
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    named = Counter(bar["case"] for bar in result["bars"])
+    assert named == {"mixed": 2, "chat": 1, "react": 1, "tree": 1, "swap": 1, "grow": 1}
+    assert result["num_missed"] == sum(bar["verdict"] == "missed" for bar in result["bars"])
+    assert all(bar["value"] > 0 for bar in result["bars"])

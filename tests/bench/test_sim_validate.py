@@ -1,0 +1,48 @@
+"""Validation of the simulator: what counts as an error, and the setup it simulates with."""
+
+import pytest
+
+from bench.server import ServerError
+from bench.sim_device import PRESETS
+from bench.sim_validate import Pair, corpora_of, parser, require_complete, setup_of
+from bench.stats import CallRecord, Outcome, ProgramRecord, Run
+
+
+def summary(mean, p95):
+    return {
+        key: {"mean": mean, "p95": p95}
+        for key in ("program_token_latency_ms", "program_response_s")
+    }
+
+
+def test_an_error_is_simulated_over_live_less_one():
+    """110 for 100 is 0.1; the bar is on mean and p95 of the token latency."""
+    near = Pair(live=summary(100.0, 200.0), simulated=summary(110.0, 180.0))
+    far = Pair(live=summary(100.0, 200.0), simulated=summary(110.0, 240.0))
+
+    assert near.errors["program_token_latency_ms"] == {
+        "mean": pytest.approx(0.1),
+        "p95": pytest.approx(-0.1),
+    }
+    assert (near.is_within, far.is_within) == (True, False)
+
+
+def test_the_setup_is_the_servers():
+    """Slots come from the options, chunks from the server; clients answer at once."""
+    options = parser().parse_args(["--slots", "5", "--policy", "mlfq"])
+    setup = setup_of(PRESETS["a100-8b"], options, {"chunked_prefill_size": 2048})
+
+    assert (setup.num_slots, setup.chunk_tokens, setup.gap_scale) == (5, 2048, 0.0)
+    assert setup.config.policy == "mlfq"
+
+
+def test_built_in_workloads_stand_in_for_traces():
+    """Without files each built-in workload is validated by itself."""
+    assert list(corpora_of(parser().parse_args([]))) == ["chat", "react", "tree"]
+
+
+def test_a_lost_call_is_no_result():
+    """A replay that lost a call cannot be compared."""
+    lost = CallRecord(call_id="0", outcome=Outcome.ERROR)
+    with pytest.raises(ServerError, match="1 calls were lost"):
+        require_complete(Run("plas", (ProgramRecord("a", "chat", 0.0, 0.0, (lost,)),), ""))

@@ -1,0 +1,259 @@
+"""What is learned of programs' sizes, and the ranks that follow."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import pytest
+
+from autellix_sglang.config import ProgramConfig
+from autellix_sglang.core import sizes
+from autellix_sglang.core.policy import LAST_SHARE, TOLERANCE, Levels
+from autellix_sglang.core.program import Program, ProgramTable
+from autellix_sglang.core.sizes import EDGES, NUM_BUCKETS, PRIOR_HAZARD, Kind, Sizes, ladder_of
+from autellix_sglang.testing import FakeEngine, Job, table_from
+
+SHORT, LONG = (("short",),), (("long",),)
+
+
+def teach(known: Sizes, ladder: sizes.Ladder, services: list[float]) -> None:
+    """Let programs of one kind come, receive these services, and end."""
+    for service in services:
+        size = known.enter(ladder)
+        known.attain(size, service)
+        known.rest(size)
+
+
+def rank_at(known: Sizes, ladder: sizes.Ladder, service: float) -> float:
+    size = known.enter(ladder)
+    known.attain(size, service)
+    return known.rank(size)
+
+
+# -- what is counted -----------------------------------------------------------------------------
+
+
+def test_nothing_seen_is_plas() -> None:
+    """Without any program to learn from, a rank grows with what is attained."""
+    known = Sizes()
+    ranks = [rank_at(Sizes(), (), edge) for edge in EDGES[1:-20]]
+    assert known.all.hazards == pytest.approx([PRIOR_HAZARD] * NUM_BUCKETS)
+    assert all(low < high for low, high in pairwise(ranks))
+
+
+def test_hazard_is_the_share_that_ends_in_a_bucket() -> None:
+    """Programs that went on count as not ended there, and live ones nowhere beyond."""
+    kind = Kind(None)
+    for i in range(8):
+        number = kind.enter()
+        kind.note_passed(number, 0)
+        if i < 4:
+            kind.note_ended(number, 1)
+    weights = [2 ** (i / sizes.HALF_LIFE) for i in range(1, 9)]
+    assert kind.hazards[0] == pytest.approx(0, abs=1e-6)
+    assert kind.hazards[1] == pytest.approx(1)  # the other four are still in it
+    for number in range(5, 9):
+        kind.note_passed(number, 1)
+    kind._refresh_now()
+    assert kind.hazards[1] == pytest.approx(sum(weights[:4]) / sum(weights))
+
+
+def test_an_idle_program_counts_as_complete_until_it_goes_on() -> None:
+    """Resting and going on leaves nothing behind but where the program is in the end."""
+    once, often = Sizes(), Sizes()
+    teach(once, SHORT, [500.0])
+    size = often.enter(SHORT)
+    for service in (20.0, 20.0, 130.0, 500.0):
+        often.attain(size, service)
+        often.rest(size)
+        often.rest(size)
+        often.resume(size)
+    often.rest(size)
+    for rung, same in zip(size.rungs, once.enter(SHORT).rungs, strict=True):
+        assert rung._ended == same._ended
+        assert rung._passed == same._passed
+
+
+def test_older_programs_fade() -> None:
+    """A kind whose programs change is known by the new ones after a few half-lives."""
+    known = Sizes()
+    teach(known, SHORT, [5000.0] * 200)
+    teach(known, SHORT, [100.0] * 8 * sizes.HALF_LIFE)
+    assert known.all.mean_service() == pytest.approx(100, rel=0.3)
+    assert rank_at(known, SHORT, 0) == pytest.approx(100, rel=0.2)
+
+
+def test_weights_never_overflow() -> None:
+    """After any number of programs counts are finite and say the same."""
+    kind = Kind(None)
+    for _ in range(200 * sizes.HALF_LIFE):
+        kind.note_ended(kind.enter(), 20)
+    assert kind.num_ended == pytest.approx(sizes.HALF_LIFE / 0.6931, rel=0.01)
+    assert kind.hazards[20] == pytest.approx(1)
+
+
+def test_kinds_are_bounded() -> None:
+    """The kinds longest unseen are forgotten; one that keeps coming stays known."""
+    known = Sizes()
+    for i in range(3 * sizes.MAX_KINDS):
+        teach(known, ((f"unique {i}",),), [10.0])
+        if i % 100 == 0:
+            teach(known, SHORT, [100.0])
+    assert len(known._kinds) == sizes.MAX_KINDS
+    assert known.enter(SHORT).rungs[1].num_programs > 3 * sizes.MAX_KINDS / 100
+
+
+# -- ranks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("service", [40.0, 1000.0, 30_000.0])
+def test_rank_of_a_sure_thing_is_what_is_left(service: float) -> None:
+    """Where all programs are alike the rank is about their size, and less near the end."""
+    known = Sizes()
+    teach(known, SHORT, [service] * 300)
+    at_start, near_end = rank_at(known, SHORT, 0), rank_at(known, SHORT, 0.8 * service)
+    assert at_start == pytest.approx(service, rel=0.15)
+    assert near_end < 0.7 * at_start
+
+
+def test_rank_is_the_best_ratio_of_reward_to_service() -> None:
+    """For programs of 100 or 10,000 steps it is that of the short ones, then that of the rest."""
+    known = Sizes()
+    teach(known, SHORT, [100.0, 10_000.0] * 300)
+    # Half of them end within 100 steps and are worth 1/100: (100 * 100 / 0.5) ** 0.5 steps.
+    assert rank_at(known, SHORT, 0) == pytest.approx(141, rel=0.15)
+    assert rank_at(known, SHORT, 200) == pytest.approx(9_900, rel=0.15)
+
+
+def test_kinds_are_told_apart() -> None:
+    """A kind that has been short is ahead of one that has been long, from the first call on."""
+    known = Sizes()
+    for _ in range(30):
+        teach(known, SHORT, [100.0])
+        teach(known, LONG, [5000.0])
+    assert rank_at(known, SHORT, 0) < 0.5 * rank_at(known, LONG, 0)
+
+
+def test_an_unknown_kind_is_taken_for_the_average() -> None:
+    """A kind of which none has ended ranks like all traffic."""
+    known = Sizes()
+    teach(known, SHORT, [100.0] * 50)
+    size = known.enter((("never seen",),))
+    assert known.rank(size) == known.all.ranks[0]
+
+
+# -- kinds ---------------------------------------------------------------------------------------
+
+
+def test_ladder_is_the_tenants_and_ends_with_the_name() -> None:
+    """Kinds of different tenants never meet below the top; a name says more than a prompt."""
+    prompt = list(range(100))
+    named, unnamed = ladder_of("t", "coder", prompt), ladder_of("t", "", prompt)
+    assert named[:2] == unnamed[:2] == (("t",), ("t", "prompt", "7"))
+    assert named[2] == ("t", "agent", "coder")
+    assert not set(named) & set(ladder_of("u", "coder", prompt))
+
+
+def test_prompts_with_one_beginning_are_one_kind() -> None:
+    """Only the leading tokens and the order of length count; a short prompt has no beginning."""
+    system = list(range(64))
+    one, other = ladder_of("", "", [*system, 1, 2]), ladder_of("", "", [*system, 3])
+    assert one == other != ladder_of("", "", [*system[:63], 7, 1, 2])
+    assert len(ladder_of("", "", system[:63])) == 2
+
+
+# -- the table -----------------------------------------------------------------------------------
+
+
+def served(table: ProgramTable, program_id: str, kinds: sizes.Ladder, steps: float) -> Program:
+    call = table.open_call(program_id, program_id=program_id, kinds=kinds)
+    table.start(call)
+    table.charge(call, steps)
+    table.advance(steps)
+    table.finish(call)
+    return call.program
+
+
+def gittins(**settings: float) -> ProgramTable:
+    return table_from(ProgramConfig(policy="gittins").replace(**settings))
+
+
+def test_known_short_programs_go_first() -> None:
+    """A new program of a kind known to be short goes before an older one of a long kind."""
+    table = gittins()
+    for i in range(20):
+        served(table, f"s{i}", SHORT, 100)
+        served(table, f"l{i}", LONG, 5000)
+    long = table.open_call("long", program_id="long", kinds=LONG)
+    short = table.open_call("short", program_id="short", kinds=SHORT)
+    assert list(table.queue) == [short, long]
+    assert short.level < long.level
+    table.check_integrity()
+
+
+def test_a_program_that_outgrows_its_kind_falls_back() -> None:
+    """Past what its kind takes a program loses its place, with all its calls."""
+    table = gittins()
+    for i in range(20):
+        served(table, f"s{i}", SHORT, 100)
+    call, sibling = (table.open_call(rid, program_id="p", kinds=SHORT) for rid in "ab")
+    table.start(call)
+    level = sibling.level
+    table.charge(call, 1000)
+    assert call.level == sibling.level > level
+    table.check_integrity()
+
+
+def test_nothing_is_learned_from_calls_that_received_nothing() -> None:
+    """A program that was aborted in the queue says nothing of how much its kind takes."""
+    table = gittins()
+    for i in range(20):
+        table.finish(table.open_call(str(i)))
+    assert table.sizes.all.num_ended == 0
+
+
+def test_ranks_depend_on_the_messages_alone() -> None:
+    """Two ranks that see the same messages decide alike, to the last bit."""
+
+    def levels_seen() -> list[object]:
+        rng, engine = random.Random(5), FakeEngine(ProgramConfig(policy="gittins"), num_slots=3)
+        seen: list[object] = []
+        for i in range(60):
+            length = rng.randint(1, 300)
+            engine.submit(Job(rid=str(i), program_id=f"p{i % 23}", num_output=length))
+            engine.step()
+            seen += [(call.rid, call.program.rank, call.level) for call in engine.table.queue]
+        engine.run()
+        return seen
+
+    assert levels_seen() == levels_seen()
+
+
+# -- the learned scale ---------------------------------------------------------------------------
+
+
+def test_levels_follow_the_mean_of_the_programs() -> None:
+    """With quantum 0 the last level begins at a set share of what a program takes on average."""
+    table = table_from(ProgramConfig(quantum=0))
+    live = table.open_call("live", program_id="live")
+    table.start(live)
+    table.charge(live, 300)
+    before = live.level
+    for i in range(200):
+        served(table, str(i), (), 40)
+    last = table.levels.bounds[-1]
+    assert LAST_SHARE * 40 / TOLERANCE / 1.3 < last < LAST_SHARE * 40 * TOLERANCE * 1.3
+    assert live.level == table.levels.count - 1 > before
+    table.check_integrity()
+
+
+def test_levels_stay_where_they_are_about_right() -> None:
+    """A fixed scale never moves, a learned one not for small changes, and one level has none."""
+    fixed, learned, one = Levels(8, 32, 2), Levels(8, 0, 2), Levels(1, 0, 2)
+    assert fixed.for_mean(1e6) is fixed
+    assert one.for_mean(1e6) is one
+    moved = learned.for_mean(10_000)
+    assert moved.bounds[-1] == pytest.approx(LAST_SHARE * 10_000)
+    assert moved.for_mean(10_500) is moved
+    assert moved.is_learned
