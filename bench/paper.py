@@ -10,15 +10,16 @@ policies and planner. The result is one page, `bench/out/paper.html`: per figure
 answer in a sentence made from the data, plots, a table ours / the paper's / SRPT, and whether they
 agree. `bench.paper_figures` holds what is said, `bench.paper_runs` what is simulated.
 
-Finished simulations are kept in `bench/out/`; with `--resume` those of the same commit and size are
-used again. But for one measured time in Fig. 17 the numbers repeat exactly. The last line of stdout
-is one JSON object.
+Finished simulations are kept in `bench/out/`; with `--resume` those of the same size are used
+again, if no source file of the simulator has changed. But for one measured time in Fig. 17 the
+numbers repeat exactly. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import sys
@@ -31,27 +32,49 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench import report
-from bench.common import ROOT, Progress, commit, print_result, provenance, say
+from bench.common import ROOT, Progress, print_result, provenance, say
 from bench.paper_figures import (
-    COLOURS,
     FIGURES,
     FULL,
     OURS,
     QUICK,
-    THE_PAPER,
     VERDICTS,
     Figure,
     Findings,
     Results,
     Size,
+    colour_of,
     name_of,
 )
 from bench.paper_runs import Cell, Result
 
 OUT: Final = ROOT / "bench" / "out"
+SIMULATED_BY: Final = (
+    "autellix_sglang/config.py",
+    "autellix_sglang/core/*.py",
+    "autellix_sglang/testing.py",
+    "bench/paper_runs.py",
+    "bench/planner.py",
+    "bench/replay.py",
+    "bench/routing.py",
+    "bench/sim*.py",
+    "bench/stats.py",
+    "bench/synthetic.py",
+    "bench/trace.py",
+    "router/balance.py",
+    "router/testing.py",
+)
 VERDICT_CLASSES: Final = {verdict: verdict.split()[0] for verdict in VERDICTS}
 
 # --- simulating ---------------------------------------------------------------------------------
+
+
+def fingerprint(size: Size) -> str:
+    """A name for what decides the results: the simulator's sources and the size."""
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(size)).encode())
+    for path in sorted(path for pattern in SIMULATED_BY for path in ROOT.glob(pattern)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 class Store:
@@ -154,8 +177,7 @@ def _figure_section(figure: Figure, found: Findings) -> str:
         f'<span class="verdict {VERDICT_CLASSES[found.verdict]}">{escape(found.verdict)}</span>'
     )
     heading = f"{escape(_label(figure))}: {escape(figure.title)}{verdict}"
-    keys = [(COLOURS.get(p, "p7"), name_of(p)) for p in found.policies]
-    keys += [(THE_PAPER, "the paper")] if figure.shows_paper else []
+    keys = [*((colour_of(p), name_of(p)) for p in found.policies), *found.keys]
     return report.section(
         heading,
         f"fig-{figure.number}",
@@ -233,8 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     options = parser().parse_args(argv)
     size = QUICK if options.quick else FULL
-    version = f"{commit()} {json.dumps(dataclasses.asdict(size))}"
-    store = Store(OUT / "paper-runs.jsonl", version, is_resumed=options.resume)
+    store = Store(OUT / "paper-runs.jsonl", fingerprint(size), is_resumed=options.resume)
     found = reproduce(options.figures, size, store, options.processes)
     result = {
         "benchmark": "paper",

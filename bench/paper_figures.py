@@ -67,7 +67,7 @@ class Size:
     )
     large_minutes: float = 15.0  # of the 70B model, whose rates are half as high
     large_loads: tuple[float, ...] = (0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
-    wait_loads: tuple[float, ...] = (0.5, 0.7, 0.9, 1.0, 1.1)
+    wait_loads: tuple[float, ...] = (0.5, 0.7, 0.9, 1.1, 1.5, 2.0, 3.0)
     steady_minutes: float = 60.0
     steady_load: float = 1.1
     size_minutes: float = 30.0
@@ -88,7 +88,7 @@ QUICK: Final = Size(
     loads=(0.5, 1.0, 1.5, 2.5),
     large_minutes=2.0,
     large_loads=(0.5, 1.2, 2.0),
-    wait_loads=(0.5, 0.9, 1.1),
+    wait_loads=(0.5, 0.9, 2.5),
     steady_minutes=10.0,
     size_minutes=5.0,
     hit_programs=60,
@@ -113,6 +113,7 @@ class Findings:
     header: tuple[str, ...]
     rows: tuple[tuple[object, ...], ...]
     policies: tuple[str, ...] = ()  # in the legend
+    keys: tuple[tuple[str, str], ...] = ()  # and what else is: CSS class, words
     data: dict[str, Any] = field(default_factory=dict)
 
 
@@ -121,17 +122,16 @@ VERDICTS: Final = ("agrees", "partly", "disagrees", "nothing to compare")
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure of the paper. `shows_paper` adds the paper's colour to the legend."""
+    """One figure of the paper."""
 
     number: str
     title: str
     question: str
     cells: Callable[[Size], list[Cell]]
     find: Callable[[Size, Results], Findings]
-    shows_paper: bool = False
 
 
-def _colour(policy: str) -> str:
+def colour_of(policy: str) -> str:
     return COLOURS.get(policy, "p7")
 
 
@@ -263,7 +263,7 @@ def _fig4_find(size: Size, results: Results) -> Findings:
 
     def curves(column: int) -> list[Series]:
         return [
-            Series(p, _colour(p), [(row[0], row[column]) for row in r["curve"]])
+            Series(p, colour_of(p), [(row[0], row[column]) for row in r["curve"]])
             for p, r in found.items()
         ]
 
@@ -309,6 +309,7 @@ def _fig5_cell(size: Size, workload: str, policy: str, load: float) -> Cell:
         load=load,
         minutes=size.minutes,
         slots=size.slots,
+        largest=max(size.loads),
     )
 
 
@@ -343,9 +344,10 @@ def _fig5_find(size: Size, results: Results) -> Findings:
         f" load 0.5 and {largest[high]:.0f} % at load 0.9, where the paper measures 39 to 64 % and"
         f" 80 to 91 %; at load {over:g} it is {min(beyond):.0f} to {max(beyond):.0f} %.",
         verdict=_verdict([*near, *rises]),
-        remark="A load of 1 here is what a full batch can do, so below it calls hardly wait; the"
-        " paper does not define its load. Its shares are those of an engine in lasting overload,"
-        " and in that regime we see the same.",
+        remark="A load of 1 here is what a full batch of this baseline can do, so below it calls"
+        " hardly wait; the paper does not define its load, and its shares are those of an engine in"
+        " lasting overload. ReAct is bound by prefill, which runs first: its calls wait in the"
+        " batch, which is not counted.",
         charts=tuple(
             charts.lines(
                 f"{workload} ({PAPER_NAMES[workload]})",
@@ -353,7 +355,7 @@ def _fig5_find(size: Size, results: Results) -> Findings:
                     *(
                         Series(
                             policy,
-                            _colour(policy),
+                            colour_of(policy),
                             [(load, share[workload, policy, load]) for load in size.wait_loads],
                         )
                         for policy in FIG5_POLICIES
@@ -384,6 +386,7 @@ def _fig5_find(size: Size, results: Results) -> Findings:
             for told in [by_load.get(load)]
         ),
         policies=FIG5_POLICIES,
+        keys=((THE_PAPER, "the paper"),),
         data={f"{w}/{p}/{load:g}": value for (w, p, load), value in share.items()},
     )
 
@@ -420,7 +423,7 @@ def _fig6_find(size: Size, results: Results) -> Findings:
         charts=tuple(
             charts.lines(
                 title,
-                [Series(p, _colour(p), [(x, y) for x, y in r[key]]) for p, r in found.items()],
+                [Series(p, colour_of(p), [(x, y) for x, y in r[key]]) for p, r in found.items()],
                 x_label,
                 "waiting / executing",
                 is_log_x=True,
@@ -519,7 +522,7 @@ def _fig7_find(size: Size, results: Results) -> Findings:
                     ),
                 ],
                 "prompt tokens",
-                "% of the prompt in the cache (blue: own program, orange: others)",
+                "% of the prompt in the cache",
                 is_log_x=True,
             )
             for workload in FIG7_WORKLOADS
@@ -529,6 +532,7 @@ def _fig7_find(size: Size, results: Results) -> Findings:
             "other programs %", "the paper's", "srpt",
         ),
         rows=tuple(table),
+        keys=(("p1", "from its own program"), ("p3", "from other programs")),
         data=dict(rows),
     )  # fmt: skip
 
@@ -649,7 +653,7 @@ def _sweeps(size: Size, results: Results, device: str) -> dict[str, Sweep]:
 def _latency_chart(sweep: Sweep, statistic: str, note: str = "") -> str:
     return charts.lines(
         f"{sweep.workload}{note}",
-        [Series(p, _colour(p), sweep.by_rate(p, statistic)) for p in sweep.points],
+        [Series(p, colour_of(p), sweep.by_rate(p, statistic)) for p in sweep.points],
         "programs per second",
         f"{statistic} ms per token",
         levels=sweep.levels_ms(statistic),
@@ -788,7 +792,7 @@ def _srpt_find(size: Size, results: Results) -> Findings:
                 f"Mean token latency over SRPT's, load {load:g}",
                 WORKLOADS,
                 [
-                    Series(p, _colour(p), [(i, over[w][p]) for i, w in enumerate(WORKLOADS)])
+                    Series(p, colour_of(p), [(i, over[w][p]) for i, w in enumerate(WORKLOADS)])
                     for p in policies
                 ],
                 "times SRPT",
@@ -859,12 +863,12 @@ def _fig14_find(size: Size, results: Results) -> Findings:
             paper = "up to 1.4"
             texts = [str(one or NOT_THERE) for one in found.values()]
             rows.append((workload, baseline, *texts, paper, NOT_THERE))
-    best = max(values["sticky"], default=math.nan)
-    ours = max(values["autellix"], default=math.nan)
+    best = max(values["sticky"], default=None)
+    ours = max(values["autellix"], default=None)
     return Findings(
-        answer=f"The paper's sticky placement sustains up to {best:.2f} times the rate of round"
-        f" robin and least used on 4 replicas, our `autellix` placement up to {ours:.2f} times.",
-        verdict=_verdict([best >= 0.9 * 1.4, min(values["sticky"], default=0.0) >= 1.0]),
+        answer=f"The paper's sticky placement sustains up to {_text(best)} times the rate of round"
+        f" robin and least used on 4 replicas, our `autellix` placement up to {_text(ours)} times.",
+        verdict=_verdict([(best or 0) >= 0.9 * 1.4, min(values["sticky"], default=0.0) >= 1.0]),
         remark="The router's own placement functions over `bench.routing`'s replicas, at the"
         " preset's rates; calls inside a replica run first come, first served (the paper: PLAS"
         " and ATLAS everywhere), so SRPT has no column. Calls with prompts of up to 2,048 tokens"
@@ -874,8 +878,7 @@ def _fig14_find(size: Size, results: Results) -> Findings:
                 f"{workload}, {FIG14_REPLICAS} replicas",
                 [Series(p, css, sweep.by_rate(p)) for p, css in ROUTERS.items()],
                 "programs per second",
-                "mean ms per token (grey: round robin, orange: least used, blue: sticky,"
-                " green: autellix)",
+                "mean ms per token",
                 levels=sweep.levels_ms(),
                 is_log_y=True,
             )
@@ -883,6 +886,7 @@ def _fig14_find(size: Size, results: Results) -> Findings:
         ),
         header=("workload", "rate over", "sticky (Algorithm 2)", "autellix", "the paper's", "srpt"),
         rows=tuple(rows),
+        keys=tuple((css, router) for router, css in ROUTERS.items()),
         data={
             w: {p: [list(point) for point in s.by_rate(p)] for p in ROUTERS}
             for w, s in sweeps.items()
@@ -928,17 +932,25 @@ def _fig15_find(size: Size, results: Results) -> Findings:
             charts.lines(
                 "Rate at equal latency",
                 [
-                    Series(p, ROUTERS[p], [(n, rate) for n, rate in by.items() if rate])
-                    for p, by in rates.items()
-                ]
-                + [
-                    Series(
-                        "linear", "p0", [(n, one * n / first) for n in size.replicas] if one else []
-                    )
+                    *(
+                        Series(p, ROUTERS[p], [(n, rate) for n, rate in by.items() if rate])
+                        for p, by in rates.items()
+                    ),
+                    Series("linear", "p0", [(n, one * n) for n in size.replicas] if one else []),
                 ],
                 "replicas",
-                "programs per second (blue: sticky, green: autellix, grey: linear)",
-                width=960,
+                "programs per second",
+            ),
+            charts.lines(
+                "Placed by autellix, one curve per number of replicas",
+                [
+                    Series(f"{n} replicas", f"p{i}", sweep.by_rate("autellix"))
+                    for i, (n, sweep) in enumerate(sweeps.items())
+                ],
+                "programs per second",
+                "mean ms per token",
+                levels={FIG15_LEVEL: at_ms},
+                is_log_y=True,
             ),
         ),
         header=("replicas", "sticky, programs/s", "autellix, programs/s", "the paper's", "srpt"),
@@ -946,6 +958,7 @@ def _fig15_find(size: Size, results: Results) -> Findings:
             (str(n), *(_text(rates[p][n]) for p in FIG15_ROUTERS), "linear", NOT_THERE)
             for n in size.replicas
         ),
+        keys=(*((ROUTERS[p], p) for p in FIG15_ROUTERS), ("p0", "linear")),
         data={"level_ms": at_ms, "rates": rates},
     )
 
@@ -997,7 +1010,7 @@ def _fig16_find(size: Size, results: Results) -> Findings:
                 [
                     Series(
                         p,
-                        _colour(p),
+                        colour_of(p),
                         [(i, by[p]["makespan_s"] / 60) for i, by in enumerate(found.values())],
                     )
                     for p in FIG16_POLICIES
@@ -1155,7 +1168,7 @@ def _swap_find(size: Size, results: Results) -> Findings:
                         [(i, by["plas"]["transfers"]) for i, by in enumerate(found.values())],
                     ),
                 ],
-                "transfers (olive: block by block, blue: one per call)",
+                "transfers",
                 is_log_y=True,
                 width=960,
             ),
@@ -1177,6 +1190,7 @@ def _swap_find(size: Size, results: Results) -> Findings:
             for load, by in found.items()
             for p, one in by.items()
         ),
+        keys=(("p5", "block by block"), ("p1", "one per call")),
         data={f"{load:g}": by for load, by in found.items()},
     )  # fmt: skip
 
@@ -1212,7 +1226,6 @@ FIGURES: Final[dict[str, Figure]] = {
             "Which part of a program's time in the engine is spent waiting in its queue?",
             _fig5_cells,
             _fig5_find,
-            shows_paper=True,
         ),
         Figure(
             "6",

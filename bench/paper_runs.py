@@ -134,10 +134,12 @@ def load_run(
     }
 
 
-def wait_run(workload: str, policy: str, load: float, minutes: float, slots: int) -> Result:
+def wait_run(
+    workload: str, policy: str, load: float, minutes: float, slots: int, largest: float
+) -> Result:
     """The wait share at a load that is relative to what this baseline itself can serve."""
     window_s = 60 * minutes
-    _, plans, uncached = _plans(workload, DEVICE, slots, window_s, load)
+    _, plans, uncached = _plans(workload, DEVICE, slots, window_s, largest)
     setup = _setup(DEVICE, slots, window_s)
     chosen = uncached if policy == VLLM else plans
     run = at_rate(setup, _scheduling(setup, policy), chosen, load * capacity(setup, chosen))
