@@ -234,9 +234,8 @@ def server_info(base_url: str) -> Mapping[str, Any]:
 
 def set_policy(base_url: str, policy: str) -> None:
     """Change the policy of a live program server; raises `ServerError` where it is refused."""
-    body = json.dumps({"policy": policy}).encode()
     try:
-        _request(f"{base_url}/program_config", method="PATCH", body=body)
+        _request(f"{base_url}/program_config", method="PATCH", body={"policy": policy})
     except OSError as error:
         raise ServerError(f"{base_url}/program_config: {policy!r}: {error}") from error
 
@@ -258,10 +257,14 @@ def flush_cache(
 
 
 def _request(
-    url: str, method: str = "GET", timeout_s: float = 30.0, body: bytes | None = None
+    url: str,
+    method: str = "GET",
+    timeout_s: float = 30.0,
+    body: Mapping[str, Any] | None = None,
 ) -> bytes:
+    data = None if body is None else json.dumps(body).encode()
     headers = {} if body is None else {"content-type": "application/json"}
-    request = urllib.request.Request(url, method=method, data=body, headers=headers)
+    request = urllib.request.Request(url, data, headers, method=method)
     with urllib.request.urlopen(request, timeout=timeout_s) as response:
         reply: bytes = response.read()
     return reply
