@@ -61,24 +61,23 @@ PAPER_TRANSFERS: Final = {3.0: (84, 8), 3.5: (120, 10), 4.0: (254, 14)}  # thous
 class Size:
     """How much is simulated."""
 
-    minutes: float = 10.0
-    loads: tuple[float, ...] = (
-        *(0.2, 0.35, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0),
-    )
-    large_minutes: float = 15.0  # of the 70B model, whose rates are half as high
-    large_loads: tuple[float, ...] = (0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
-    wait_loads: tuple[float, ...] = (0.5, 0.7, 0.9, 1.1, 1.5, 2.0, 3.0)
+    minutes: float = 6.0
+    loads: tuple[float, ...] = (*(0.2, 0.5, 0.7, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 2.0, 2.5, 3.0),)
+    large_minutes: float = 8.0  # of the 70B model, whose rates are half as high
+    large_loads: tuple[float, ...] = (0.5, 1.0, 1.2, 1.5, 2.0, 3.0)
+    wait_loads: tuple[float, ...] = (0.5, 0.9, 1.1, 1.5, 2.0)
     steady_minutes: float = 60.0
     steady_load: float = 1.1
-    size_minutes: float = 30.0
+    size_minutes: float = 20.0
     hit_programs: int = 400
     offline: tuple[int, ...] = (1000, 2000, 4000)
-    swap_minutes: float = 10.0
+    swap_minutes: float = 6.0
     swap_loads: tuple[float, ...] = (1.2, 1.5, 2.0)
     passes: int = 20
-    replica_programs: int = 60
+    chats: int = 40  # per replica
+    searches: int = 10  # per replica
     replicas: tuple[int, ...] = (1, 2, 4, 8)
-    replica_loads: tuple[float, ...] = (0.5, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0)
+    replica_loads: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0)
     slots: int = 64
 
 
@@ -96,7 +95,8 @@ QUICK: Final = Size(
     swap_minutes=2.0,
     swap_loads=(1.5, 2.0),
     passes=3,
-    replica_programs=10,
+    chats=10,
+    searches=4,
     replicas=(1, 2, 4),
     replica_loads=(0.5, 1.5, 3.0),
 )
@@ -824,7 +824,7 @@ def _placement(size: Size, policy: str, workload: str, replicas: int, load: floa
         workload=workload,
         replicas=replicas,
         load=load,
-        programs=size.replica_programs,
+        programs=size.searches if workload == "tree" else size.chats,
     )
 
 
