@@ -8,7 +8,8 @@ One A100 80GB with Llama-3.1-8B, simulated (`bench.sim_engine`, `bench.sim_devic
 from the statistics that the paper publishes (`bench.synthetic`), the server's own process table,
 policies and planner. The result is one page, `bench/out/paper.html`: per figure what it asks, our
 answer in a sentence made from the data, plots, a table ours / the paper's / SRPT, and whether they
-agree. `bench.paper_figures` holds what is said, `bench.paper_runs` what is simulated.
+agree. `bench.paper_runs` holds what is simulated, `paper_base`, `paper_engine`, `paper_rates`,
+`paper_fleet` and `paper_costs` what is said of it.
 
 Finished simulations are kept in `bench/out/`; with `--resume` those of the same size are used
 again, if no source file of the simulator has changed. But for one measured time in Fig. 17 the
@@ -31,10 +32,9 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final
 
-from bench import report
+from bench import paper_costs, paper_engine, paper_fleet, paper_rates, report
 from bench.common import ROOT, Progress, print_result, provenance, say
-from bench.paper_figures import (
-    FIGURES,
+from bench.paper_base import (
     FULL,
     OURS,
     QUICK,
@@ -48,6 +48,18 @@ from bench.paper_figures import (
 )
 from bench.paper_runs import Cell, Result
 
+FIGURES: Final = {
+    figure.number: figure
+    for figure in sorted(
+        (
+            *paper_engine.FIGURES,
+            *paper_rates.FIGURES,
+            *paper_fleet.FIGURES,
+            *paper_costs.FIGURES,
+        ),
+        key=lambda figure: (not figure.number.isdigit(), figure.number.zfill(2)),
+    )
+}
 OUT: Final = ROOT / "bench" / "out"
 SIMULATED_BY: Final = (
     "autellix_sglang/config.py",

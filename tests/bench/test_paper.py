@@ -9,14 +9,8 @@ import pytest
 from bench import charts, paper, synthetic
 from bench.charts import Series
 from bench.paper import FIGURES, Store, render, run_cells
-from bench.paper_figures import (
-    PAPER_WAITS,
-    VERDICTS,
-    Size,
-    Sweep,
-    _fig2_srpt,
-    _fig2_timeline,
-)
+from bench.paper_base import VERDICTS, Size, Sweep
+from bench.paper_engine import PAPER_WAITS, _fig2_srpt, _fig2_timeline
 from bench.paper_runs import cell, load_run, offline, swap, without_cache
 
 TINY = Size(
