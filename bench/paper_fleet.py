@@ -38,6 +38,7 @@ def _placement(size: Size, policy: str, workload: str, replicas: int, load: floa
         replicas=replicas,
         load=load,
         programs=size.searches if workload == "tree" else size.chats,
+        slots=size.replica_slots,
     )
 
 
@@ -85,7 +86,8 @@ def _fig14_find(size: Size, results: Results) -> Findings:
         remark="The router's own placement functions over `bench.routing`'s replicas, at the"
         " preset's rates; calls inside a replica run first come, first served (the paper: PLAS"
         " and ATLAS everywhere), so SRPT has no column. Calls with prompts of up to 2,048 tokens"
-        " are not sticky in the paper's rule. The 70B half of the figure is left out.",
+        f" are not sticky in the paper's rule. {size.replica_slots} slots per replica, so that few"
+        " programs make a queue. The 70B half of the figure is left out.",
         charts=tuple(
             charts.lines(
                 f"{workload}, {FIG14_REPLICAS} replicas",
@@ -108,7 +110,7 @@ def _fig14_find(size: Size, results: Results) -> Findings:
 
 
 FIG15_ROUTERS: Final = ("sticky", "autellix")
-FIG15_LEVEL: Final = "4x"
+FIG15_LEVEL: Final = "2x"
 
 
 def _fig15_cells(size: Size) -> list[Cell]:

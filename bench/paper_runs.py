@@ -279,12 +279,14 @@ def scheduler_pass(policy: str, waiting: int, running: int, repeats: int) -> Res
     return dict(planner.measure(policy, waiting, running, repeats))
 
 
-def placement(policy: str, workload: str, replicas: int, load: float, programs: int) -> Result:
+def placement(
+    policy: str, workload: str, replicas: int, load: float, programs: int, slots: int
+) -> Result:
     """Programs over many replicas, placed by the router's own function (`bench.routing`).
 
     Inside a replica calls run first come, first served. `programs` is per replica.
     """
-    timing = _timing(PRESETS[DEVICE])
+    timing = _timing(PRESETS[DEVICE], slots)
     chosen = list(synthetic.generate(workload, programs * replicas, 1))
     full = replicas / statistics.fmean(service_s(program, timing) for program in chosen)
     arrivals = poisson_arrivals(len(chosen), load * full, 1)
@@ -297,7 +299,7 @@ def placement(policy: str, workload: str, replicas: int, load: float, programs: 
     }
 
 
-def _timing(device: Device, slots: int = 64, context: int = 900) -> Timing:
+def _timing(device: Device, slots: int, context: int = 900) -> Timing:
     """The preset as the router's fake replicas want it, with every call at one context length."""
     call_s = device.decode_call_s + device.decode_kv_s * context
     return Timing(

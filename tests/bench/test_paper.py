@@ -29,6 +29,7 @@ TINY = Size(
     chats=2,
     searches=2,
     replicas=(1, 2),
+    replica_slots=4,
     replica_loads=(0.5, 3.0),
     slots=8,
 )
