@@ -279,8 +279,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     say(f"wrote {options.html}")
+    print("| figure | verdict | what we find |\n|---|---|---|")
     for figure, findings in found:
-        print(f"{_label(figure)}, {findings.verdict}: {findings.answer}")
+        print(f"| {_label(figure)}: {figure.title} | {findings.verdict} | {findings.answer} |")
     print_result(result)
     return 0
 
