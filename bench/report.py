@@ -23,6 +23,7 @@ Spans = list[tuple[float, float]]
 TIMES = "\N{MULTIPLICATION SIGN}"
 WIDTH = 960.0
 MAX_STRIPS = 22
+NUM_COLOURS = 9  # CSS classes p0 to p8
 KINDS = {"chat": "chat", "react": "ReAct", "tree": "tree search", "coding": "coding agent"}
 
 
@@ -30,19 +31,24 @@ def render(result: Mapping[str, Any], runs: Runs) -> str:
     """The page: `result` as `bench.serve` prints it, `runs` the records behind it."""
     hero = hero_policy(result)
     sections = [
-        _section("Latency per token", "latency", latency_bars(result)),
-        _section("All programs", "cdf", latency_curves(runs)),
-        _section("Who gains, who pays", "sizes", size_bars(result)) if hero else "",
-        _section("What programs live through", "strips", strips(runs, result["baseline"], hero)),
-        _section("Numbers", "table", results_table(result)),
-        _section("How this was measured", "method", method(result)),
+        section("Latency per token", "latency", latency_bars(result)),
+        section("All programs", "cdf", latency_curves(runs)),
+        section("Who gains, who pays", "sizes", size_bars(result)) if hero else "",
+        section("What programs live through", "strips", strips(runs, result["baseline"], hero)),
+        section("Numbers", "table", results_table(result)),
+        section("How this was measured", "method", method(result)),
     ]
     body = headline(result, hero) + "".join(sections)
-    name = escape(f"{result['trace']}: {', '.join(runs)}")
+    return page(f"{result['trace']}: {', '.join(runs)}", body)
+
+
+def page(title: str, body: str) -> str:
+    """A whole document around `body`, which is markup; everything it needs is in it."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
+        f"<body><main>{body}</main></body></html>"
     )
 
 
@@ -141,11 +147,11 @@ def latency_bars(result: Mapping[str, Any]) -> str:
     ]
     names = [_group_name(slots[g], frame, key) for g, key in enumerate(keys)]
     chart = svg.image(WIDTH, 335, "Program token latency by policy", axis, *bars, *names)
-    caption = (
+    words = (
         "Program token latency: time from a program's arrival to its last answer, divided by the"
         " tokens it generated. Lower is better."
     )
-    return _policy_legend(e["policy"] for e in entries) + chart + _caption(caption)
+    return _policy_legend(e["policy"] for e in entries) + chart + caption(words)
 
 
 def _slots(frame: Frame, groups: int, bars: int) -> list[list[tuple[float, float]]]:
@@ -182,7 +188,7 @@ def latency_curves(runs: Runs) -> str:
     values = {policy: _latencies(repeats) for policy, repeats in runs.items()}
     known = [v for latencies in values.values() for v in latencies if v > 0]
     if not known:
-        return _caption("No program completed.")
+        return caption("No program completed.")
     frame = Frame(56, 40, WIDTH - 16, 320)
     x = Scale(min(known) * 0.9, max(known) * 1.1, frame.left, frame.right, is_log=True)
     y = Scale(0, 100, frame.bottom, frame.top)
@@ -193,7 +199,7 @@ def latency_curves(runs: Runs) -> str:
         _curve(latencies, x, y, i, policy) for i, (policy, latencies) in enumerate(values.items())
     ]
     chart = svg.image(WIDTH, 366, "Distribution of program token latency", axes, *curves)
-    return _policy_legend(runs) + chart + _caption("Further left is better at every height.")
+    return _policy_legend(runs) + chart + caption("Further left is better at every height.")
 
 
 def _latencies(repeats: Sequence[Run]) -> list[float]:
@@ -216,7 +222,7 @@ def size_bars(result: Mapping[str, Any]) -> str:
     groups = len(entries[0]["response_ratio_by_size"])
     values = [r for e in entries[1:] for r in e["response_ratio_by_size"] if r]
     if not values:
-        return _caption("No program completed under every policy.")
+        return caption("No program completed under every policy.")
     frame = Frame(56, 40, WIDTH - 10, 320)
     low, high = min(0.8, *values) / 1.12, max(1.25, *values) * 1.12
     scale = Scale(low, high, frame.bottom, frame.top, is_log=True)
@@ -232,11 +238,11 @@ def size_bars(result: Mapping[str, Any]) -> str:
     names = [_group_name(slots[g], frame, _size_name(g, groups)) for g in range(groups)]
     label = "Response time against the baseline by program size"
     chart = svg.image(WIDTH, 355, label, axis, *bars, one, *names)
-    caption = (
+    words = (
         "Programs in equal groups from fewest to most generated tokens. A bar below the line:"
         " these programs finish sooner than under the baseline; above it: they pay."
     )
-    return _policy_legend(e["policy"] for e in entries) + chart + _caption(caption)
+    return _policy_legend(e["policy"] for e in entries) + chart + caption(words)
 
 
 def _ratio_ticks(low: float, high: float) -> list[float]:
@@ -276,13 +282,13 @@ def strips(runs: Runs, baseline: str, hero: str | None) -> str:
     is_known = all(c.queue_s is not None for r in firsts.values() for c in r.calls if c.is_ok)
     keys = [("wait", "waiting in the engine's queue")] if is_known else []
     running = "running" if is_known else "in the engine (this server does not report queueing)"
-    caption = (
+    words = (
         "One row per program, by arrival. A program runs while any of its calls runs."
         " A call's waiting is drawn at its start; preempted calls wait in between, too."
         " A thin line is time outside the engine (tools, people)."
     )
     legend_ = legend([*keys, ("run", running), ("idle", "between calls"), ("fail", "failed")])
-    return legend_ + "".join(panels) + _caption(caption)
+    return legend_ + "".join(panels) + caption(words)
 
 
 def _sample_rows(run: Run) -> list[int]:
@@ -417,14 +423,39 @@ def method(result: Mapping[str, Any]) -> str:
         if result["identical_outputs"]
         else "differ between runs",
         "server flags": " ".join(result["server_flags"]),
+        **provenance_facts(result),
+    }
+    return definitions(facts)
+
+
+def definitions(facts: Mapping[str, object]) -> str:
+    """Names and what they are; those that are None are left out."""
+    rows = [f"<dt>{k}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items() if v is not None]
+    return f"<dl>{''.join(rows)}</dl>"
+
+
+def provenance_facts(result: Mapping[str, Any]) -> dict[str, object]:
+    """What a number belongs to, for `definitions`."""
+    return {
         "command": result.get("command"),
         "commit": result.get("commit"),
         "hardware": _flat(result.get("hardware")),
         "versions": _flat(result.get("versions")),
         "took": f"{result['seconds']:.0f} s" if "seconds" in result else None,
     }
-    rows = [f"<dt>{k}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items() if v is not None]
-    return f"<dl>{''.join(rows)}</dl>"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A plain table: the first column to the left, numbers to three digits."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(format_number(cell))}</td>' for cell in row)}</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        "</div>"
+    )
 
 
 def _repeats(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -445,21 +476,24 @@ def _flat(value: object) -> str | None:
     return ", ".join(f"{key} {item}" for key, item in value.items() if item is not None)
 
 
-def _section(heading: str, anchor: str, content: str) -> str:
+def section(heading: str, anchor: str, content: str) -> str:
     return f'<section id="{anchor}"><h2>{heading}</h2>{content}</section>'
 
 
-def _caption(words: str) -> str:
+def caption(words: str) -> str:
     return f'<p class="caption">{words}</p>'
 
 
-STYLE = """
+STYLE = (
+    """
 :root { color-scheme: light dark; --paper: #fcfcfa; --card: #ffffff; --ink: #1b1d22;
   --soft: #686d76; --rule: #e4e4df; --c0: #9aa0a8; --c1: #3457d5; --c2: #12937f; --c3: #d9822b;
-  --c4: #b23a7a; --c5: #6b7f1e; --wait: #f0b429; --run: #2f7d5d; --fail: #cf3a3a; }
+  --c4: #b23a7a; --c5: #6b7f1e; --c6: #7a5cc8; --c7: #a0522d; --c8: #2b8cbe;
+  --wait: #f0b429; --run: #2f7d5d; --fail: #cf3a3a; }
 @media (prefers-color-scheme: dark) { :root { --paper: #131519; --card: #1b1e24; --ink: #ecebe6;
   --soft: #9aa0aa; --rule: #2e323a; --c0: #7b828c; --c1: #7c9bff; --c2: #3ecab2; --c3: #f0a457;
-  --c4: #e678b3; --c5: #a9c24a; --wait: #e0a92e; --run: #46b388; --fail: #ff6b6b; } }
+  --c4: #e678b3; --c5: #a9c24a; --c6: #a78bfa; --c7: #d08c60; --c8: #6cbdf0;
+  --wait: #e0a92e; --run: #46b388; --fail: #ff6b6b; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -492,16 +526,28 @@ svg .grid { stroke: var(--rule); } svg .base, svg .one { stroke: var(--ink); str
 svg text { fill: var(--ink); font-size: 13px; } svg .tick { fill: var(--soft); font-size: 12px; }
 svg .axis { fill: var(--soft); font-size: 13px; } svg .value { font-size: 12px; }
 svg .heading { font-size: 15px; font-weight: 600; } svg .group { font-size: 14px; }
-.p0 { fill: var(--c0); background: var(--c0); } .p1 { fill: var(--c1); background: var(--c1); }
-.p2 { fill: var(--c2); background: var(--c2); } .p3 { fill: var(--c3); background: var(--c3); }
-.p4 { fill: var(--c4); background: var(--c4); } .p5 { fill: var(--c5); background: var(--c5); }
 .curve { fill: none; stroke-width: 2.5; stroke-linejoin: round; }
-.curve.p0 { stroke: var(--c0); } .curve.p1 { stroke: var(--c1); } .curve.p2 { stroke: var(--c2); }
-.curve.p3 { stroke: var(--c3); } .curve.p4 { stroke: var(--c4); } .curve.p5 { stroke: var(--c5); }
+"""
+    + "".join(
+        f".p{i} {{ fill: var(--c{i}); background: var(--c{i}); }}"
+        f" .curve.p{i} {{ fill: none; stroke: var(--c{i}); }}\n"
+        for i in range(NUM_COLOURS)
+    )
+    + """
 svg rect:hover, svg g:hover rect { opacity: 0.8; }
 .wait { fill: var(--wait); background: var(--wait); }
 .run { fill: var(--run); background: var(--run); }
 .fail { fill: var(--fail); background: var(--fail); }
+svg .level { stroke: var(--soft); stroke-dasharray: 5 4; }
+svg .inside { fill: #fff; font-size: 12px; font-weight: 600; }
+.panels { display: grid; gap: 8px 22px;
+  grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); }
+.answer { font-size: 18px; margin: 0 0 10px; max-width: 62ch; }
+.question { color: var(--soft); margin: 0 0 6px; max-width: 68ch; }
+.verdict { display: inline-block; padding: 1px 10px; border-radius: 99px; font-size: 13px;
+  margin-left: 10px; vertical-align: 3px; color: #fff; font-weight: 600; background: var(--soft); }
+.verdict.agrees { background: var(--run); } .verdict.partly { background: var(--c3); }
+.verdict.disagrees { background: var(--fail); }
 svg .idle { stroke: var(--soft); stroke-width: 1; opacity: 0.7; }
 .legend .idle { height: 2px; vertical-align: middle; background: var(--soft); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 14px; }
@@ -517,3 +563,4 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
   section { overflow-x: auto; } svg { min-width: 680px; }
   dl { grid-template-columns: 1fr; } dt { margin-top: 6px; } }
 """
+)

@@ -539,7 +539,7 @@ def _announcement(mix: Mix, offered: Offered) -> str:
     return f"{text} (load {offered.load:g} of {offered.capacity_tokens_per_s:.0f} tokens/s)"
 
 
-def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+def exit_on_signal(number: int, frame: FrameType | None) -> None:
     # Without this, SIGTERM would end us and leave the servers running.
     raise SystemExit(128 + number)
 
@@ -548,7 +548,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status, 1 where the benchmark could not be done."""
     started = time.perf_counter()
     options = parse_options(sys.argv[1:] if argv is None else argv)
-    signal.signal(signal.SIGTERM, _exit_on_signal)
+    signal.signal(signal.SIGTERM, exit_on_signal)
     try:
         result, runs = benchmark(options)
     except (ServerError, ValueError, OSError) as error:

@@ -1,4 +1,6 @@
-"""Built-in workloads, calibrated to what the Autellix paper publishes of its own (Fig. 11).
+"""Built-in workloads, calibrated to what is published.
+
+The first four are the Autellix paper's (Fig. 11):
 
 | name | models | calls per program, mean (max) | prefill / decode tokens per call | shape |
 |---|---|---|---|---|
@@ -7,11 +9,21 @@
 | `tree` | LATS | 159.7 (400) | 467 / 73 | fan-out of five with barriers |
 | `mixed` | | | | equal parts of the three |
 | `map_reduce` | nothing published | see `_map_reduce` | | wide fan-out of unequal branches |
+| `coding` | mini-SWE-agent | 20.4 (58) | 397 / 243 | one thread, shell commands between calls |
+| `chat_people` | ShareGPT | as `chat` | as `chat` | people read and type between calls |
+| `react_tools` | BFCL ReAct | as `react` | as `react` | tools run between calls |
+| `agents` | | | | equal parts of `coding`, `react_tools` and `tree` |
+| `office` | | | | the same with `chat_people` |
 
 The paper publishes means and maxima only; numbers of calls and tokens are drawn from clipped
 lognormal distributions whose means are solved to be exactly those. "Prefill" is read as the tokens
 a call adds (`new_tokens`): with 277 decoded tokens per call a whole chat prompt cannot average 256.
-The paper models neither tool nor human time, so gaps are null.
+The paper models neither tool nor human time, so the gaps of its workloads are null.
+
+`coding` has the statistics of 171 recorded runs of mini-SWE-agent with Claude Sonnet 4 on
+Terminal-Bench (laude-institute/terminal-bench-leaderboard, run 20250825): calls per program mean
+20.4, median 18, at most 58; new tokens per call mean 397, median 89; generated tokens mean 243,
+median 82. Gaps are lognormal (`Seconds`), from a published mean and median or deviation.
 """
 
 from __future__ import annotations
@@ -66,6 +78,33 @@ def _clipped_mean(mu: float, counts: Counts) -> float:
     return 1 + sum(1 - normal.cdf(math.log(k - 0.5)) for k in range(2, counts.largest + 1))
 
 
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Times from a lognormal distribution with this mean; `sigma` as for `Counts`."""
+
+    mean: float
+    sigma: float
+
+    @classmethod
+    def with_median(cls, mean: float, median: float) -> Seconds:
+        return cls(mean, math.sqrt(2 * math.log(mean / median)))
+
+    @classmethod
+    def with_deviation(cls, mean: float, deviation: float) -> Seconds:
+        return cls(mean, math.sqrt(math.log(1 + (deviation / mean) ** 2)))
+
+    def draw(self, rng: random.Random) -> float:
+        location = math.log(self.mean) - self.sigma**2 / 2
+        return round(math.exp(location + self.sigma * rng.gauss(0.0, 1.0)), 3)
+
+
+# Shell commands of the recorded runs that `coding` models; their 95th percentile is 35.2 s.
+TERMINAL_S = Seconds.with_median(8.8, 3.6)
+# Tools of BFCL v4: 1,923 ms on average with a deviation of 2,133 (Continuum, arXiv 2511.02230).
+BFCL_S = Seconds.with_deviation(1.923, 2.133)
+# People between the turns of Mooncake's conversation trace; their 95th percentile is 611 s.
+PEOPLE_S = Seconds.with_median(210.0, 117.0)
+
 # --- single-thread programs ---------------------------------------------------------------------
 
 
@@ -73,7 +112,8 @@ def _clipped_mean(mu: float, counts: Counts) -> float:
 class Dialogue:
     """How chat and ReAct programs are drawn: turns, first prompt, later additions, answers.
 
-    `shared_prefixes` are the lengths of the system prompts or tool lists in use, one per group.
+    `shared_prefixes` are the lengths of the system prompts or tool lists in use, one per group;
+    `gap` is the time between an answer and the next call.
     """
 
     calls: Counts
@@ -81,6 +121,8 @@ class Dialogue:
     first: Counts
     added: Counts
     answer: Counts
+    gap: Seconds | None = None
+    window_tokens: int = WINDOW_TOKENS
 
 
 CHAT = Dialogue(
@@ -101,6 +143,21 @@ REACT = Dialogue(
     answer=Counts(34.14, 0.8, 256),
 )
 
+# The recorded prompts average 8,736 tokens, which leaves about 700 for the first one. That 512 of
+# them are instructions which all programs share is an assumption.
+_CODING_FIRST = 700.0
+CODING = Dialogue(
+    calls=Counts(20.4, 0.5, 58),
+    shared_prefixes=(512,),
+    first=Counts(_CODING_FIRST - 512, 0.8, 2048),
+    added=Counts((397 * 20.4 - _CODING_FIRST) / (20.4 - 1), 1.73, 8192),
+    answer=Counts(243.0, 1.47, 4096),
+    gap=TERMINAL_S,
+    window_tokens=4 * WINDOW_TOKENS,
+)
+CHAT_PEOPLE = replace(CHAT, gap=PEOPLE_S)
+REACT_TOOLS = replace(REACT, gap=BFCL_S)
+
 
 def _dialogue(kind: str, shape: Dialogue, index: int, rng: random.Random) -> TraceProgram:
     group = rng.randrange(len(shape.shared_prefixes))
@@ -117,10 +174,11 @@ def _dialogue(kind: str, shape: Dialogue, index: int, rng: random.Random) -> Tra
 def _next_turn(last: TraceCall, first: int, shape: Dialogue, rng: random.Random) -> TraceCall:
     new, output = shape.added.draw(rng), shape.answer.draw(rng)
     history = last.prompt_tokens + last.output_tokens
-    if history + new + output > WINDOW_TOKENS:
+    gap_s = None if shape.gap is None else shape.gap.draw(rng)
+    if history + new + output > shape.window_tokens:
         # What chat and agent front ends do when the context is full: keep the first prompt.
         history = first
-    return TraceCall(str(int(last.id) + 1), history + new, new, output, (last.id,))
+    return TraceCall(str(int(last.id) + 1), history + new, new, output, (last.id,), gap_s=gap_s)
 
 
 # --- tree searches ------------------------------------------------------------------------------
@@ -253,15 +311,32 @@ def _react(index: int, rng: random.Random) -> TraceProgram:
     return _dialogue("react", REACT, index, rng)
 
 
+def _coding(index: int, rng: random.Random) -> TraceProgram:
+    return _dialogue("coding", CODING, index, rng)
+
+
+def _chat_people(index: int, rng: random.Random) -> TraceProgram:
+    return _dialogue("chat", CHAT_PEOPLE, index, rng)
+
+
+def _react_tools(index: int, rng: random.Random) -> TraceProgram:
+    return _dialogue("react", REACT_TOOLS, index, rng)
+
+
 _KINDS: dict[str, Callable[[int, random.Random], TraceProgram]] = {
     "chat": _chat,
     "react": _react,
     "tree": _tree,
     "map_reduce": _map_reduce,
+    "coding": _coding,
+    "chat_people": _chat_people,
+    "react_tools": _react_tools,
 }
 WORKLOADS: dict[str, tuple[str, ...]] = {
     **{kind: (kind,) for kind in _KINDS},
     "mixed": ("chat", "react", "tree"),
+    "agents": ("coding", "react_tools", "tree"),
+    "office": ("chat_people", "coding", "react_tools", "tree"),
 }
 
 

@@ -22,11 +22,11 @@ import json
 import math
 import random
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 Marks = tuple[tuple[int, int], ...]
 
@@ -140,22 +140,43 @@ def load(path: str | Path) -> tuple[TraceProgram, ...]:
     """
     path = Path(path)
     corpus = path.name.removesuffix(".gz").removesuffix(".jsonl")
-    programs = []
-    with _open(path) as lines:
-        for number, line in enumerate(_lines(lines, path), start=1):
-            if line.strip():
-                programs.append(_parse_program(line, f"{path}:{number}", corpus))
+    programs = [_parse_program(line, where, corpus) for where, line in read_lines(path)]
     if not programs:
         raise TraceError(f"{path}: no programs in the file")
     return tuple(programs)
 
 
-def _open(path: Path) -> IO[str]:
+def save(programs: Iterable[TraceProgram], path: str | Path) -> None:
+    """Write a trace file, gzipped where the name ends so; `load` gives the same programs back.
+
+    The corpus is the file's name, so it is not written.
+    """
+    with _open(Path(path), "wt") as file:
+        for program in programs:
+            file.write(json.dumps(_as_record(program)) + "\n")
+
+
+def _as_record(program: TraceProgram) -> dict[str, object]:
+    record = {f.name: getattr(program, f.name) for f in dataclasses.fields(program)}
+    del record["corpus"]
+    return record | {"calls": [dataclasses.asdict(call) for call in program.calls]}
+
+
+def _open(path: Path, mode: Literal["rt", "wt"] = "rt") -> IO[str]:
     return (
-        gzip.open(path, "rt", encoding="utf-8")
+        gzip.open(path, mode, encoding="utf-8")
         if path.suffix == ".gz"
-        else path.open(encoding="utf-8")
+        else path.open(mode, encoding="utf-8")
     )
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
+    """(where it is, text) of every line that is not empty; raises `TraceError` or `OSError`."""
+    path = Path(path)
+    with _open(path) as lines:
+        for number, line in enumerate(_lines(lines, path), start=1):
+            if line.strip():
+                yield f"{path}:{number}", line
 
 
 def _lines(lines: IO[str], path: Path) -> Iterator[str]:
@@ -165,12 +186,17 @@ def _lines(lines: IO[str], path: Path) -> Iterator[str]:
         raise TraceError(f"{path}: not readable as (gzipped) UTF-8 text: {error}") from error
 
 
-def _parse_program(line: str, where: str, corpus: str) -> TraceProgram:
+def parse_record(line: str, where: str) -> Record:
+    """One line as a JSON object; raises `TraceError`."""
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise TraceError(f"{where}: not JSON: {error}") from error
-    record = _Record(value, where)
+    return Record(value, where)
+
+
+def _parse_program(line: str, where: str, corpus: str) -> TraceProgram:
+    record = parse_record(line, where)
     calls = record.items("calls")
     return TraceProgram(
         id=record.label("id"),
@@ -182,7 +208,7 @@ def _parse_program(line: str, where: str, corpus: str) -> TraceProgram:
     )
 
 
-def _parse_calls(records: list[_Record]) -> tuple[TraceCall, ...]:
+def _parse_calls(records: list[Record]) -> tuple[TraceCall, ...]:
     calls: dict[str, TraceCall] = {}
     for record in records:
         call = _parse_call(record, calls)
@@ -192,7 +218,7 @@ def _parse_calls(records: list[_Record]) -> tuple[TraceCall, ...]:
     return tuple(calls.values())
 
 
-def _parse_call(record: _Record, earlier: dict[str, TraceCall]) -> TraceCall:
+def _parse_call(record: Record, earlier: dict[str, TraceCall]) -> TraceCall:
     parents = record.references("parents", earlier)
     prompt = record.count("prompt_tokens")
     parent_tokens = max((_total(earlier[parent]) for parent in parents), default=0)
@@ -221,7 +247,7 @@ def _total(call: TraceCall) -> int:
     return call.prompt_tokens + call.output_tokens
 
 
-class _Record:
+class Record:
     """One JSON object of a trace, read field by field; every error says where it is."""
 
     def __init__(self, value: object, where: str, prefix: str = "") -> None:
@@ -235,11 +261,23 @@ class _Record:
         dot = "." if self._prefix else ""
         return TraceError(f"{self._where}: {self._prefix}{dot}{field}: {reason}")
 
-    def items(self, field: str) -> list[_Record]:
+    def has(self, field: str) -> bool:
+        return self._value.get(field) is not None
+
+    def raw(self, field: str) -> object:
+        """What is there, unchecked; None where nothing is."""
+        return self._value.get(field)
+
+    def part(self, field: str) -> Record:
+        """The JSON object in a field."""
+        prefix = f"{self._prefix}.{field}" if self._prefix else field
+        return Record(self._value.get(field), self._where, prefix)
+
+    def items(self, field: str) -> list[Record]:
         values = self._value.get(field)
         if not isinstance(values, list) or not values:
             raise self.error(field, "expected a list of one or more calls")
-        return [_Record(v, self._where, f"{field}[{i}]") for i, v in enumerate(values)]
+        return [Record(v, self._where, f"{field}[{i}]") for i, v in enumerate(values)]
 
     def optional_label(self, field: str) -> str | None:
         value = self._value.get(field)

@@ -90,7 +90,7 @@ def _write_atomically(target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        _write_tokenizer(draft)
+        write_tokenizer(draft)
         _write_model(draft)
         draft.chmod(0o755)  # mkdtemp makes it private
         draft.rename(target)
@@ -163,7 +163,7 @@ def _weight_shapes() -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
 
 
-def _write_tokenizer(directory: Path) -> None:
+def write_tokenizer(directory: Path) -> None:
     """tokenizer.json and tokenizer_config.json: one token per byte, then `SPECIAL_TOKENS`."""
     _byte_tokenizer().save(str(directory / "tokenizer.json"))
     settings = {

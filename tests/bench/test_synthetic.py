@@ -1,11 +1,23 @@
 """The built-in workloads against the numbers of the paper's Fig. 11."""
 
+import random
 from collections import Counter
-from statistics import fmean
+from statistics import fmean, median, stdev
 
 import pytest
 
-from bench.synthetic import FAN_OUT, WINDOW_TOKENS, WORKLOADS, corpora, generate
+from bench.stats import percentile
+from bench.synthetic import (
+    BFCL_S,
+    CODING,
+    FAN_OUT,
+    PEOPLE_S,
+    TERMINAL_S,
+    WINDOW_TOKENS,
+    WORKLOADS,
+    corpora,
+    generate,
+)
 from bench.trace import TraceProgram
 
 # kind: (calls per program, largest, prefill per call, decode per call), from Fig. 11.
@@ -96,3 +108,72 @@ def test_the_mixed_workload_has_every_kind():
     sources = corpora("mixed", 2, seed=0)
 
     assert [source[0].kind for source in sources] == list(WORKLOADS["mixed"])
+
+
+def test_coding_agents_have_the_statistics_of_the_recorded_runs():
+    """Calls, new and generated tokens, and prompts are near mini-SWE-agent's on Terminal-Bench."""
+    programs = generate("coding", 1500, seed=1)
+    calls = [call for program in programs for call in program.calls]
+    counts = sorted(len(program.calls) for program in programs)
+
+    assert (fmean(counts), median(counts)) == (
+        pytest.approx(20.4, rel=0.04),
+        pytest.approx(18, 0.1),
+    )
+    assert counts[-1] <= 58 and percentile(counts, 0.95) == pytest.approx(42, rel=0.1)
+    assert fmean(call.new_tokens for call in calls) == pytest.approx(397, rel=0.05)
+    assert fmean(call.output_tokens for call in calls) == pytest.approx(243, rel=0.05)
+    assert fmean(call.prompt_tokens for call in calls) == pytest.approx(8736, rel=0.15)
+    assert max(program.max_context_tokens for program in programs) <= CODING.window_tokens
+
+
+@pytest.mark.parametrize(
+    ("gaps", "mean", "middle", "p95"),
+    [(TERMINAL_S, 8.8, 3.6, 35.2), (PEOPLE_S, 210.0, 117.0, 611.0)],
+)
+def test_gaps_fit_a_recorded_mean_median_and_tail(gaps, mean, middle, p95):
+    """Two numbers make the distribution; the recorded 95th percentile was not used and is near."""
+    rng = random.Random(1)
+    drawn = [gaps.draw(rng) for _ in range(40_000)]
+
+    assert fmean(drawn) == pytest.approx(mean, rel=0.05)
+    assert median(drawn) == pytest.approx(middle, rel=0.05)
+    assert percentile(drawn, 0.95) == pytest.approx(p95, rel=0.15)
+
+
+def test_gaps_fit_a_published_deviation():
+    """BFCL's tools have Continuum's mean and deviation."""
+    rng = random.Random(1)
+    drawn = [BFCL_S.draw(rng) for _ in range(40_000)]
+
+    assert (fmean(drawn), stdev(drawn)) == (
+        pytest.approx(1.923, rel=0.03),
+        pytest.approx(2.133, rel=0.15),
+    )
+
+
+@pytest.mark.parametrize("kind", ["coding", "chat_people", "react_tools"])
+def test_programs_with_gaps_have_one_before_every_call_but_the_first(kind):
+    """Tools and people take time between calls, never before the first."""
+    for program in generate(kind, 20, seed=2):
+        first, *later = program.calls
+        assert first.gap_s is None
+        assert all(call.gap_s is not None and call.gap_s >= 0 for call in later)
+
+
+def test_gaps_change_nothing_but_gaps():
+    """The paper's workloads have none, and with them calls and tokens average the same."""
+    plain, tools = generate("react", 800, seed=1), generate("react_tools", 800, seed=1)
+
+    assert all(call.gap_s is None for program in plain for call in program.calls)
+    sizes = [fmean(len(p.calls) for p in programs) for programs in (plain, tools)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_every_workload_has_its_sources(workload):
+    """A mix has one source per kind, in its order, each with as many programs as asked for."""
+    sources = corpora(workload, 2, seed=0)
+
+    assert [len(source) for source in sources] == [2] * len(WORKLOADS[workload])
+    assert len({source[0].id for source in sources}) == len(sources)

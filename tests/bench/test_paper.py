@@ -1,0 +1,170 @@
+"""The paper's figures at a tiny size: every one simulates, draws and says something."""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from bench import charts, paper, synthetic
+from bench.charts import Series
+from bench.paper import FIGURES, Store, render, run_cells
+from bench.paper_base import VERDICTS, Size, Sweep
+from bench.paper_engine import PAPER_WAITS, _fig2_srpt, _fig2_timeline
+from bench.paper_runs import cell, load_run, offline, swap, without_cache
+
+TINY = Size(
+    minutes=0.5,
+    loads=(0.5, 2.0),
+    large_minutes=0.5,
+    large_loads=(0.5, 2.0),
+    wait_loads=(0.5, 0.9),
+    steady_minutes=0.5,
+    size_minutes=0.5,
+    hit_programs=10,
+    offline=(20,),
+    swap_minutes=0.5,
+    swap_loads=(1.5,),
+    passes=1,
+    chats=2,
+    searches=2,
+    replicas=(1, 2),
+    replica_slots=4,
+    replica_loads=(0.5, 3.0),
+    slots=8,
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return Store(tmp_path_factory.mktemp("paper") / "runs.jsonl", "v", is_resumed=False)
+
+
+@pytest.mark.parametrize("number", FIGURES)
+def test_a_figure_simulates_draws_and_says_whether_it_agrees(number, store):
+    """Each has a chart, a table with the paper's and SRPT's columns, and a verdict."""
+    figure = FIGURES[number]
+
+    [(_, found)] = paper.reproduce([number], TINY, store, num_processes=1)
+
+    assert found.verdict in VERDICTS
+    assert any(found.charts)
+    assert all(len(row) == len(found.header) for row in found.rows) and found.rows
+    assert any("paper" in name for name in found.header)
+    assert any("srpt" in name.lower() for name in found.header)
+    assert re.search(r"\d", found.answer) and "nan" not in found.answer
+    json.dumps(found.data, allow_nan=False)
+    html = render([(figure, found)], {"size": {}})
+    ElementTree.fromstring(html[html.index("<main>") : html.index("</body>")])
+    assert "<script" not in html
+
+
+def test_fig_2_waits_what_the_paper_counts_where_bounds_allow():
+    """Stock order and plas wait 18 and 12 units, and no order less than clairvoyance."""
+    waits = {policy: _fig2_timeline(policy)[1] for policy in PAPER_WAITS}
+    steps, least = _fig2_srpt()
+
+    assert (waits["fcfs"], waits["plas"]) == (PAPER_WAITS["fcfs"], PAPER_WAITS["plas"])
+    assert least == 7 and least <= min(waits.values())
+    assert all(len(ran) <= 2 for ran in steps)
+    assert sum(map(len, steps)) == sum(len(ran) for ran in _fig2_timeline("fcfs")[0])
+
+
+def test_without_a_cache_a_program_does_the_same_in_the_same_order():
+    """Only what is found in the cache differs: calls, outputs and dependencies stay."""
+    (program,) = synthetic.generate("tree", 1, 3)
+    uncached = without_cache(program)
+
+    for before, after in zip(program.calls, uncached.calls, strict=True):
+        assert (after.prompt_tokens, after.output_tokens) == (
+            before.prompt_tokens,
+            before.output_tokens,
+        )
+        assert set(uncached.waits_for(after)) == set(program.waits_for(before))
+        assert (after.reused_tokens, after.shared_prefix_tokens) == (0, 0)
+
+
+def test_a_prefix_cache_makes_the_same_load_faster():
+    """The `vllm` baseline recomputes what `fcfs` finds, so it is slower at the same rate."""
+    size = {"load": 1.0, "minutes": 1.0, "slots": 8, "device": "a100-8b", "largest": 1.0}
+    cached, uncached = (load_run("chat", policy, **size) for policy in ("fcfs", "vllm"))
+
+    assert uncached["rate"] == cached["rate"]
+    assert uncached["latency_ms"]["mean"] > cached["latency_ms"]["mean"]
+
+
+def test_all_programs_at_once_take_as_long_as_the_work_does():
+    """No order can end much later or sooner than another when the batch is full throughout."""
+    fcfs, plas = (offline(policy, 40, 8)["makespan_s"] for policy in ("fcfs", "plas"))
+
+    assert plas == pytest.approx(fcfs, rel=0.25)
+
+
+def test_swapping_moves_what_was_preempted_and_nothing_else():
+    """Stock order preempts nobody and copies nothing; attained service does both."""
+    stock, plas = (swap(policy, 2.0, 1.0, 8) for policy in ("fcfs", "plas"))
+
+    assert (stock["transfers"], stock["blocks"]) == (0, 0.0)
+    assert plas["transfers"] > 0 and plas["blocks"] > 0
+
+
+def test_rates_at_equal_latency_are_bounded_where_a_curve_does_not_cross():
+    """A ratio is exact where both curves cross the level, a bound where only the baseline does."""
+
+    def points(*latencies):
+        loads = (1.0, 2.0, 4.0)
+        return {
+            load: {"rate": 3 * load, "latency_ms": {"mean": ms}}
+            for load, ms in zip(loads, latencies, strict=True)
+        }
+
+    sweep = Sweep(
+        "chat", {"fcfs": points(10, 20, 80), "a": points(10, 10, 20), "b": points(9, 9, 9)}
+    )
+
+    assert sweep.capacity == 3.0
+    assert sweep.levels_ms() == {"2x": 20.0, "4x": 40.0, "300 ms": 300.0, "500 ms": 500.0,
+                                 "1000 ms": 1000.0}  # fmt: skip
+    assert sweep.ratio("a", "fcfs", "2x") == (2.0, True, "2x")
+    assert sweep.ratio("fcfs", "b", "2x") is None
+    assert str(sweep.best("b", "fcfs")) == "> 2.00"
+    assert sweep.best("fcfs", "fcfs").value == pytest.approx(1.0)
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path):
+    """Finished simulations of the same version are read back; others are done again."""
+    cells = [cell("hits", workload="chat", programs=n) for n in (2, 3)]
+    path = tmp_path / "runs.jsonl"
+    first = run_cells(cells[:1], Store(path, "v", is_resumed=False), 1)
+    resumed = Store(path, "v", is_resumed=True)
+
+    assert list(resumed.known) == [cells[0].key]
+    assert run_cells(cells, resumed, 1)[cells[0]] == first[cells[0]]
+    assert len(path.read_text().splitlines()) == 2
+    assert not Store(path, "another", is_resumed=True).known
+
+
+def test_two_processes_give_the_same_results(tmp_path):
+    """Cells are computed anywhere alike."""
+    cells = [cell("hits", workload=w, programs=3) for w in ("chat", "react")]
+    one, two = (
+        run_cells(cells, Store(tmp_path / str(n), "v", is_resumed=False), n) for n in (1, 2)
+    )
+
+    assert one == two
+
+
+def test_an_unknown_figure_is_refused_by_name(capsys):
+    """The message lists the figures there are."""
+    with pytest.raises(SystemExit):
+        paper.parser().parse_args(["--figures", "2,99"])
+
+    assert "unknown figure 99" in capsys.readouterr().err
+
+
+def test_charts_leave_out_what_cannot_be_drawn():
+    """No points, no chart; zero has no place on a logarithmic axis."""
+    assert charts.lines("t", [Series("s", "p0", [])], "x", "y") == ""
+    assert charts.bars("t", ["g"], [Series("s", "p0", [(0, 0.0)])], "y", is_log_y=True) == ""
+    drawn = charts.lines("t", [Series("s", "p0", [(1, 0.0), (2, 5.0)])], "x", "y", is_log_y=True)
+    assert drawn.count("<circle") == 1
