@@ -166,7 +166,7 @@ class _Chaos:
         said = time.monotonic()
         while time.monotonic() < until:
             await asyncio.sleep(OPERATOR_INTERVAL_S * rng.random())
-            await asyncio.to_thread(configure, self._server, kv=rng.choice(KV_CHOICES))
+            await asyncio.to_thread(configure, self._server.base_url, kv=rng.choice(KV_CHOICES))
             if time.monotonic() - said > REPORT_INTERVAL_S:
                 said = time.monotonic()
                 say(f"  {until - said:.0f} s to go: {dict(self._found)}")
