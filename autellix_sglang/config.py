@@ -136,7 +136,7 @@ def _require(config: ProgramConfig, name: str, is_ok: bool, allowed: str) -> Non
 
 def parse_setting(name: str, text: str) -> Any:
     """The value of a field, written as text; raises `ValueError` for what is not of its type."""
-    default = ProgramConfig.__dataclass_fields__[name].default
+    default: Any = ProgramConfig.__dataclass_fields__[name].default
     if isinstance(default, bool):
         return parse_flag(flag_of(name), text)
     return type(default)(text)

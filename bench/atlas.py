@@ -134,7 +134,7 @@ def compare(workload: str, setup: Setup, load: float) -> dict[str, dict[str, Any
 
 def row(run: Run) -> dict[str, Any]:
     """Means and tails of all programs, and the mean latency of each kind."""
-    whole = summarize(run)
+    whole: dict[str, Any] = summarize(run)
     by_kind: dict[str, list[ProgramRecord]] = {}
     for program in run.programs:
         by_kind.setdefault(program.kind, []).append(program)
@@ -143,10 +143,16 @@ def row(run: Run) -> dict[str, Any]:
         "program_response_s": whole["program_response_s"],
         "preemptions": whole["preemptions"],
         "mean_response_s_by_kind": {
-            kind: summarize(replace(run, programs=tuple(programs)))["program_response_s"]["mean"]
+            kind: _mean_response_s(replace(run, programs=tuple(programs)))
             for kind, programs in sorted(by_kind.items())
         },
     }
+
+
+def _mean_response_s(run: Run) -> float:
+    numbers: dict[str, Any] = summarize(run)
+    mean: float = numbers["program_response_s"]["mean"]
+    return mean
 
 
 def benchmark(workloads: Sequence[str], setup: Setup, loads: Sequence[float]) -> dict[str, Any]:
