@@ -449,6 +449,8 @@ class ProgramTable:
             program.level = 0
             for call in (*program.running, *program.waiting):
                 self._place(call)
+            if program.promote_at is None:
+                self._watch(program)  # its calls may have needed no promotion before, at level 0
 
     # -- levels and order ------------------------------------------------------------------------
 
