@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
-from math import inf, log
+from math import exp2, inf, log, pow
 from typing import Final
 
 FIRST_EDGE: Final = 8.0  # steps
@@ -103,7 +103,7 @@ class Kind:
             self._base += _RESCALE_AFTER
             for counts in (self._ended, self._passed):
                 for i, count in enumerate(counts):
-                    counts[i] = count * 2.0 ** (-_RESCALE_AFTER / HALF_LIFE)
+                    counts[i] = count * exp2(-_RESCALE_AFTER / HALF_LIFE)
         return self.num_programs
 
     def note_passed(self, number: int, bucket: int) -> None:
@@ -130,7 +130,7 @@ class Kind:
         return PRIOR_HAZARD if self.parent is None else self.parent.chance(bucket)
 
     def _judge(self, chance: float, chance_above: float) -> None:
-        gain = max(-2.0, log(chance / chance_above))  # so that one stray program is no drift
+        gain = max(-CREDIT, log(chance / chance_above))  # one stray program is no drift
         self.score = min(CREDIT, self.score + gain)
         if self.score < -CREDIT:
             self.score = 0.0
@@ -140,7 +140,7 @@ class Kind:
             self._refresh_now()
 
     def _weight(self, number: int) -> float:
-        return 2.0 ** ((number - self._base) / HALF_LIFE)
+        return exp2((number - self._base) / HALF_LIFE)
 
     @property
     def num_ended(self) -> float:
@@ -172,14 +172,14 @@ class Kind:
 
     def _refresh(self) -> None:
         """Make the hazards anew once an eighth more programs have come."""
-        if not self._hazards or self._num_new >= max(4.0, self.num_ended / 8):
+        if not self._hazards or (self._num_new >= 4 and self._num_new >= self.num_ended / 8):
             self._refresh_now()
 
     def _refresh_now(self) -> None:
         self._num_new = 0
-        if self.parent is None:
-            above, prior = (PRIOR_HAZARD,) * NUM_BUCKETS, _NOTHING
-        else:
+        above: tuple[float, ...] = (PRIOR_HAZARD,) * NUM_BUCKETS
+        prior = _NOTHING
+        if self.parent is not None:
             above, prior = self.parent.hazards, PRIOR_WEIGHT * self._weight(self.num_programs)
         self._hazards = tuple(
             (ended + prior * hazard) / (ended + passed + prior)
@@ -204,7 +204,7 @@ def rank(hazards: Sequence[float], start: int) -> float:
         alive *= 1 - hazard
         if alive < 1e-6:
             break
-    return best ** (-1 / (1 + REWARD))
+    return pow(best, -1 / (1 + REWARD))
 
 
 PRIOR_RANKS: Final = tuple(rank((PRIOR_HAZARD,) * NUM_BUCKETS, i) for i in range(NUM_BUCKETS))
