@@ -40,7 +40,7 @@ class ProgramConfig:
 
     policy: str = _setting("plas", "order of calls; 'off' is stock SGLang, untouched")
     levels: int = _setting(8, "number of priority levels, the last one open-ended")
-    quantum: float = _setting(32.0, "service in steps that ends level 0")
+    quantum: float = _setting(32.0, "service in steps that ends level 0; 0 learns it from traffic")
     factor: float = _setting(2.0, "ratio between the ends of successive levels")
     beta: float = _setting(
         8.0, "promote a program stalled for beta times its service; 0 switches promotion off"

@@ -15,6 +15,7 @@ None of them preempts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import exp2
 from typing import TYPE_CHECKING, Any, Final
 
 from autellix_sglang.core.program import Call
@@ -35,7 +36,7 @@ def served_tokens(request: Request) -> float:
 
 
 def decayed(tokens: float, seconds: float) -> float:
-    return tokens * 2.0 ** (-seconds / HALF_LIFE_S)
+    return tokens * exp2(-seconds / HALF_LIFE_S)
 
 
 def longest_prefix_match(engine: SimEngine, calls: Sequence[Call]) -> Sequence[Call]:

@@ -47,6 +47,7 @@ BAR: Final = 0.15
 BUILT_IN: Final = ("chat", "react", "tree")
 MEASURES: Final = ("program_token_latency_ms", "program_response_s")
 STATISTICS: Final = ("mean", "p95")
+CHUNK_TOKENS: Final = 8192  # where the server does not say
 FIT_REPEATS: Final = 3
 FIT_MAX_PROMPT: Final = 1024
 
@@ -81,7 +82,7 @@ def setup_of(device: Device, options: argparse.Namespace, info: dict[str, Any]) 
     return Setup(
         device=device,
         num_slots=options.slots,
-        chunk_tokens=int(info.get("chunked_prefill_size") or Setup.chunk_tokens),
+        chunk_tokens=max(1, int(info.get("chunked_prefill_size") or CHUNK_TOKENS)),
         gap_scale=0.0,
         config=ProgramConfig(policy=options.policy),
         seed=options.seed,

@@ -21,7 +21,7 @@ from autellix_sglang.errors import UnknownProgramError
 
 MAX_CALLS_KEPT: Final = 4096  # finished calls remembered per program, for parents and for GET
 MAX_IDLE_PROGRAMS: Final = 65_536  # idle programs remembered; the longest idle go first
-RESCALE_EVERY: Final = 16  # programs between two looks at whether levels still fit their sizes
+RELEARN_EVERY: Final = 16  # programs after which waiting ones are placed by what was learned since
 
 ProgramKey = tuple[str, str]  # tenant, program id
 
@@ -190,8 +190,6 @@ class ProgramTable:
         """Change the rules while serving: every live call gets the level they give it."""
         self.policy, self.levels = policy, levels
         self.beta, self.ttl_s = beta, ttl_s
-        for program in self._programs.values():
-            self._rank(program)
         self._place_all()
         self._stalls.clear()
         for program in self._programs.values():
@@ -286,6 +284,8 @@ class ProgramTable:
     def _remove(self, program: Program) -> None:
         del self._programs[program.key]
         self._num_idle -= 1
+        if program.size is not None:
+            self.sizes.leave(program.size)
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -431,11 +431,11 @@ class ProgramTable:
     # -- sizes -----------------------------------------------------------------------------------
 
     def _enter_size(self, program: Program, kinds: Ladder) -> None:
-        """Count a new program; where the levels follow the mean of sizes, they may move."""
+        """Count a new program; every so often bring all others up to what was learned since."""
         program.size = self.sizes.enter(kinds)
-        if self.levels.is_learned and self.sizes.all.num_programs % RESCALE_EVERY == 0:
+        if self.sizes.all.num_programs % RELEARN_EVERY == 0:
             levels = self.levels.for_mean(self.sizes.all.mean_service())
-            if levels is not self.levels:
+            if self.policy.is_learned or levels is not self.levels:
                 self.levels = levels
                 self._place_all()
 
@@ -444,10 +444,13 @@ class ProgramTable:
             program.rank = self.sizes.rank(program.size)
 
     def _place_all(self) -> None:
-        for program in self._programs.values():
+        for program in dict.fromkeys(call.program for call in self._calls.values()):
+            self._rank(program)
             program.level = 0
             for call in (*program.running, *program.waiting):
                 self._place(call)
+            if program.promote_at is None:
+                self._watch(program)  # its calls may have needed no promotion before, at level 0
 
     # -- levels and order ------------------------------------------------------------------------
 

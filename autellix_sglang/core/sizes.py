@@ -11,6 +11,11 @@ Meier). Nobody tells for certain that a program is complete: one that is idle co
 so far, and the count is taken back when it goes on. A program counts for half once `HALF_LIFE`
 newer ones came.
 
+A rung is heeded only while it foretells better than the one above it. Each program that leaves a
+bucket, by going on or for good, scores the rung by the log-likelihood ratio of the two. One that
+has lost all credit has drifted: it is forgotten, its programs rank by the prior, and it is learned
+anew. Where not even all traffic foretells better than the prior, the rank is the prior's as well.
+
 Standard library only. No clock and no chance: everything follows from the order of the calls.
 """
 
@@ -22,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
-from math import inf
+from math import exp2, inf, log, pow
 from typing import Final
 
 FIRST_EDGE: Final = 8.0  # steps
@@ -34,10 +39,15 @@ MIDDLES: Final = tuple(low + width / 2 for low, width in zip(EDGES, WIDTHS, stri
 PRIOR_HAZARD: Final = 1 - 2 ** (-1 / PER_OCTAVE)  # half of the programs end per octave of service
 PRIOR_WEIGHT: Final = 1.0  # programs that the rung above stands for
 HALF_LIFE: Final = 256  # programs
+CREDIT: Final = 2.0  # nats: a rung's score is never more, and it is forgotten below minus that
+RELEARN: Final = 8  # programs of a forgotten kind that must end before it is heeded again
+SCORE_HALF_LIFE: Final = 16  # programs of its kind
+LEAST_CHANCE: Final = 0.02  # no rung is surer than that of where a program ends
 MAX_KINDS: Final = 1024  # remembered; the longest unseen go first
 LEADING_TOKENS: Final = 64  # what tells system prompts apart
 REWARD: Final = 1.0  # a program of S steps is worth S ** -REWARD when it ends
 _NOTHING: Final = 1e-9  # programs: decides only where none was seen
+_SCORE_DECAY: Final = 2.0 ** (-1 / SCORE_HALF_LIFE)
 _RESCALE_AFTER: Final = 64 * HALF_LIFE
 
 Ladder = tuple[tuple[str, ...], ...]
@@ -65,26 +75,40 @@ class Kind:
     def __init__(self, parent: Kind | None) -> None:
         self.parent = parent
         self.num_programs = 0
+        self.score = 0.0  # nats by which it foretold better than its parent of late
         self._ended = array("d", bytes(8 * NUM_BUCKETS))
         self._passed = array("d", bytes(8 * NUM_BUCKETS))
+        self._is_forgotten = False
         self._base = 0  # the number of the program whose weight is 1
-        self._num_new = 0  # programs since hazards and ranks were made
+        self._num_new = 0  # programs since the hazards were made
         self._hazards: tuple[float, ...] = ()
-        self._ranks: tuple[float, ...] = ()
+        self._ranks: dict[int, float] = {}  # by bucket, as they are asked for
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether some of its programs have ended, and it foretells better than its parent."""
+        return self.score >= 0 and self.num_ended >= 1
+
+    @property
+    def has_drifted(self) -> bool:
+        """Whether it was forgotten, and has seen few programs end since."""
+        return self._is_forgotten and self.num_ended < RELEARN
 
     def enter(self) -> int:
         """Give a new program its number, which decides its weight in all that follows."""
         self.num_programs += 1
         self._num_new += 1
+        self.score *= _SCORE_DECAY
         if self.num_programs - self._base > _RESCALE_AFTER:
             self._base += _RESCALE_AFTER
             for counts in (self._ended, self._passed):
                 for i, count in enumerate(counts):
-                    counts[i] = count * 2.0 ** (-_RESCALE_AFTER / HALF_LIFE)
+                    counts[i] = count * exp2(-_RESCALE_AFTER / HALF_LIFE)
         return self.num_programs
 
     def note_passed(self, number: int, bucket: int) -> None:
         """A program went on beyond a bucket."""
+        self._judge(1 - self.chance(bucket), 1 - self._chance_above(bucket))
         self._passed[bucket] += self._weight(number)
 
     def note_ended(self, number: int, bucket: int) -> None:
@@ -94,8 +118,29 @@ class Kind:
     def take_back_end(self, number: int, bucket: int) -> None:
         self._ended[bucket] = max(0.0, self._ended[bucket] - self._weight(number))
 
+    def note_gone(self, bucket: int) -> None:
+        """A program that ended in a bucket will not come back."""
+        self._judge(self.chance(bucket), self._chance_above(bucket))
+
+    def chance(self, bucket: int) -> float:
+        """The chance that a program in a bucket ends there, as far as one may be sure."""
+        return min(max(self.hazards[bucket], LEAST_CHANCE), 1 - LEAST_CHANCE)
+
+    def _chance_above(self, bucket: int) -> float:
+        return PRIOR_HAZARD if self.parent is None else self.parent.chance(bucket)
+
+    def _judge(self, chance: float, chance_above: float) -> None:
+        gain = max(-CREDIT, log(chance / chance_above))  # one stray program is no drift
+        self.score = min(CREDIT, self.score + gain)
+        if self.score < -CREDIT:
+            self.score = 0.0
+            self._is_forgotten = True
+            self._ended = array("d", bytes(8 * NUM_BUCKETS))
+            self._passed = array("d", bytes(8 * NUM_BUCKETS))
+            self._refresh_now()
+
     def _weight(self, number: int) -> float:
-        return 2.0 ** ((number - self._base) / HALF_LIFE)
+        return exp2((number - self._base) / HALF_LIFE)
 
     @property
     def num_ended(self) -> float:
@@ -108,11 +153,12 @@ class Kind:
         self._refresh()
         return self._hazards
 
-    @property
-    def ranks(self) -> tuple[float, ...]:
-        """Per bucket, the rank in steps of a program in it; less is better."""
+    def rank(self, bucket: int) -> float:
+        """The rank in steps of a program in a bucket; less is better."""
         self._refresh()
-        return self._ranks
+        if bucket not in self._ranks:
+            self._ranks[bucket] = rank(self._hazards, bucket)
+        return self._ranks[bucket]
 
     def mean_service(self) -> float:
         """Mean service of a program in steps, as far as any has been seen to go."""
@@ -125,21 +171,21 @@ class Kind:
         return total
 
     def _refresh(self) -> None:
-        """Make hazards and ranks anew once an eighth more programs have come."""
-        if not self._hazards or self._num_new >= max(4.0, self.num_ended / 8):
+        """Make the hazards anew once an eighth more programs have come."""
+        if not self._hazards or (self._num_new >= 4 and self._num_new >= self.num_ended / 8):
             self._refresh_now()
 
     def _refresh_now(self) -> None:
         self._num_new = 0
-        if self.parent is None:
-            above, prior = (PRIOR_HAZARD,) * NUM_BUCKETS, _NOTHING
-        else:
+        above: tuple[float, ...] = (PRIOR_HAZARD,) * NUM_BUCKETS
+        prior = _NOTHING
+        if self.parent is not None:
             above, prior = self.parent.hazards, PRIOR_WEIGHT * self._weight(self.num_programs)
         self._hazards = tuple(
             (ended + prior * hazard) / (ended + passed + prior)
             for ended, passed, hazard in zip(self._ended, self._passed, above, strict=True)
         )
-        self._ranks = tuple(rank(self._hazards, bucket) for bucket in range(NUM_BUCKETS))
+        self._ranks.clear()
 
 
 def rank(hazards: Sequence[float], start: int) -> float:
@@ -158,7 +204,10 @@ def rank(hazards: Sequence[float], start: int) -> float:
         alive *= 1 - hazard
         if alive < 1e-6:
             break
-    return best ** (-1 / (1 + REWARD))
+    return pow(best, -1 / (1 + REWARD))
+
+
+PRIOR_RANKS: Final = tuple(rank((PRIOR_HAZARD,) * NUM_BUCKETS, i) for i in range(NUM_BUCKETS))
 
 
 @dataclass(slots=True, eq=False)
@@ -217,7 +266,17 @@ class Sizes:
             for rung, number in zip(size.rungs, size.numbers, strict=True):
                 rung.take_back_end(number, size.bucket)
 
+    def leave(self, size: Size) -> None:
+        """A program is forgotten: if it was complete, it stays so."""
+        if size.is_ended:
+            for rung in size.rungs:
+                rung.note_gone(size.bucket)
+
     def rank(self, size: Size) -> float:
-        """A program's rank in steps, by the most specific of its kinds of which any has ended."""
-        known = next((rung for rung in reversed(size.rungs) if rung.num_ended >= 1), self.all)
-        return known.ranks[size.bucket]
+        """A program's rank in steps, by the most specific of its kinds that is to be trusted."""
+        for rung in reversed(size.rungs):
+            if rung.has_drifted:
+                break
+            if rung.is_trusted:
+                return rung.rank(size.bucket)
+        return PRIOR_RANKS[size.bucket]

@@ -44,19 +44,20 @@ def test_nothing_seen_is_plas() -> None:
 
 def test_hazard_is_the_share_that_ends_in_a_bucket() -> None:
     """Programs that went on count as not ended there, and live ones nowhere beyond."""
-    kind = Kind(None)
-    for i in range(8):
-        number = kind.enter()
-        kind.note_passed(number, 0)
-        if i < 4:
-            kind.note_ended(number, 1)
-    weights = [2 ** (i / sizes.HALF_LIFE) for i in range(1, 9)]
-    assert kind.hazards[0] == pytest.approx(0, abs=1e-6)
-    assert kind.hazards[1] == pytest.approx(1)  # the other four are still in it
-    for number in range(5, 9):
-        kind.note_passed(number, 1)
+    known = Sizes()
+    first = known.enter(())
+    teach(known, (), [200.0] * 3)
+    bucket = known.enter(()).bucket
+    known.attain(first, 100)
+    kind = known.all
     kind._refresh_now()
-    assert kind.hazards[1] == pytest.approx(sum(weights[:4]) / sum(weights))
+    assert kind.hazards[bucket] == pytest.approx(0, abs=1e-6)
+    weights = [2 ** (i / sizes.HALF_LIFE) for i in range(1, 5)]
+    at_200 = next(i for i, edge in enumerate(EDGES) if edge > 200) - 1
+    assert kind.hazards[at_200] == pytest.approx(1)  # the first is not there yet
+    known.attain(first, 1000)
+    kind._refresh_now()
+    assert kind.hazards[at_200] == pytest.approx(sum(weights[1:]) / sum(weights))
 
 
 def test_an_idle_program_counts_as_complete_until_it_goes_on() -> None:
@@ -140,7 +141,49 @@ def test_an_unknown_kind_is_taken_for_the_average() -> None:
     known = Sizes()
     teach(known, SHORT, [100.0] * 50)
     size = known.enter((("never seen",),))
-    assert known.rank(size) == known.all.ranks[0]
+    assert known.rank(size) == known.all.rank(0)
+
+
+# -- drift ---------------------------------------------------------------------------------------
+
+
+def gone(known: Sizes, ladder: sizes.Ladder, service: float) -> None:
+    """A program comes, receives this service, ends, and is forgotten."""
+    size = known.enter(ladder)
+    known.attain(size, service)
+    known.rest(size)
+    known.leave(size)
+
+
+def test_a_kind_that_drifts_falls_back_to_plas_and_is_learned_anew() -> None:
+    """Programs that are not what their kind was cost it its say until new ones have ended."""
+    known = Sizes()
+    for _ in range(50):
+        gone(known, SHORT, 100.0)
+        gone(known, LONG, 5000.0)
+    kind = known.enter(LONG).rungs[1]
+    assert kind.is_trusted
+    num_needed = 0
+    while not kind.has_drifted:
+        gone(known, LONG, 100.0)
+        num_needed += 1
+    assert num_needed <= 5
+    assert rank_at(known, LONG, 0) == sizes.PRIOR_RANKS[0]
+    for _ in range(2 * sizes.RELEARN):
+        gone(known, LONG, 100.0)
+    assert not kind.has_drifted
+    assert rank_at(known, LONG, 0) < 200
+
+
+def test_a_kind_that_stays_as_it_was_keeps_its_say() -> None:
+    """Chance alone does not make a kind be forgotten for long."""
+    known, rng = Sizes(), random.Random(1)
+    num_trusted = 0
+    for _ in range(300):
+        gone(known, SHORT, rng.lognormvariate(5, 0.8))
+        gone(known, LONG, rng.lognormvariate(8, 0.8))
+        num_trusted += known.enter(LONG).rungs[1].is_trusted
+    assert num_trusted > 200
 
 
 # -- kinds ---------------------------------------------------------------------------------------
