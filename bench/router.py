@@ -167,14 +167,17 @@ def compare(results: list[dict[str, Any]]) -> None:
 
 
 def sustained(results: Sequence[dict[str, Any]]) -> dict[int, float | None]:
-    """Programs per second by number of replicas, at twice the latency of one without load."""
+    """Programs per second by number of replicas, at twice the latency of one without load.
+
+    At most the largest rate that was tried; None where the smallest is too much already.
+    """
     curves: dict[int, dict[float, float]] = {}
     for row in results:
         curves.setdefault(row["replicas"], {})[row["rate"]] = _mean(row)
     alone = curves[min(curves)]
     level_ms = 2 * alone[min(alone)]
     rates = {size: rate_at(curve, level_ms) for size, curve in curves.items()}
-    return {size: None if rate == math.inf else rate for size, rate in rates.items()}
+    return {s: None if rate is None else min(rate, max(curves[s])) for s, rate in rates.items()}
 
 
 def _mean(row: dict[str, Any]) -> float:
@@ -194,9 +197,10 @@ def bars(
             what = f"{row['workload']}, load {row['load']:g}: autellix / {row['policy']}"
             rows.append(_bar(what, row["autellix_over_this"], wanted))
     rows += _growth_bars(results)
-    largest = max(rates, default=0)
-    if largest and rates[1] and rates[largest]:
-        growth = rates[largest] / rates[1] / largest  # type: ignore[operator]
+    largest = max(rates, default=1)
+    one, many = rates.get(1), rates.get(largest)
+    if one is not None and many is not None:
+        growth = many / one / largest
         rows.append(_bar(f"sustained rate, 1 to {largest} replicas: linear", growth, 0.95, True))
     if overhead is not None:
         router = overhead.over_direct("router")
