@@ -2,8 +2,9 @@
 
     python -m bench.echo_replica --port 31000 --router-endpoint ipc:///tmp/router.sock
 
-`POST /generate` with `{"n": 3, "every_s": 0.01}` streams three events of about 100 bytes, one each
-10 ms; without `n` it answers with a short JSON. `/health` and `/v1/models` are for sglang-router.
+`POST /generate` with the prompt `{"n": 3, "every_s": 0.01}` streams three events of about 100
+bytes, one each 10 ms; without `n` it answers with a short JSON. `/health` and `/v1/models` are for
+sglang-router.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         body += message.get("body", b"")
         if not message.get("more_body"):
             break
-    asked = json.loads(body) if body else {}
+    asked = json.loads(json.loads(body)["text"]) if body else {}
     is_stream = "n" in asked
     kind = b"text/event-stream" if is_stream else b"application/json"
     headers = [(b"content-type", kind)]

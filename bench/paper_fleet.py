@@ -83,9 +83,8 @@ def _fig14_find(size: Size, results: Results) -> Findings:
         answer=f"The paper's sticky placement sustains up to {shown(best)} times the rate of round"
         f" robin and least used on 4 replicas, our `autellix` placement up to {shown(ours)} times.",
         verdict=verdict_of([(best or 0) >= 0.9 * 1.4, min(values["sticky"], default=0.0) >= 1.0]),
-        remark="The router's own placement functions over `bench.routing`'s replicas, at the"
-        " preset's rates; calls inside a replica run first come, first served (the paper: PLAS"
-        " and ATLAS everywhere), so SRPT has no column. Calls with prompts of up to 2,048 tokens"
+        remark="The router's own placement functions over simulated replicas, with PLAS in each"
+        " (the paper: PLAS and ATLAS), so SRPT has no column. Calls with prompts of up to 2,048 tokens"
         f" are not sticky in the paper's rule. {size.replica_slots} slots per replica, so that few"
         " programs make a queue. The 70B half of the figure is left out.",
         charts=tuple(
@@ -141,8 +140,8 @@ def _fig15_find(size: Size, results: Results) -> Findings:
         " linearly to 8 replicas and about 30 programs per second.",
         verdict=verdict_of([scaling is not None and scaling >= 0.9]),
         remark="Its objectives of 0.3, 0.5 and 1 s per token are reached only in long overload, so"
-        f" the level here is {FIG15_LEVEL} the unloaded latency of one replica. Calls inside a"
-        " replica run first come, first served, so SRPT has no column.",
+        f" the level here is {FIG15_LEVEL} the unloaded latency of one replica. PLAS runs in"
+        " every replica, so SRPT has no column.",
         charts=(
             charts.lines(
                 "Rate at equal latency",

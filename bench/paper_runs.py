@@ -19,14 +19,20 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Final
 
-from autellix_sglang.router.testing import Timing
 from bench import planner, synthetic
 from bench.replay import poisson_arrivals
-from bench.routing import Simulation, service_s
 from bench.sim import Setup, at_rate, capacity, synthetic_plans
-from bench.sim_device import KV_BYTES_PER_LAYER, LLAMA_8B, PRESETS, Device
+from bench.sim_device import KV_BYTES_PER_LAYER, LLAMA_8B, PRESETS
 from bench.sim_engine import Blueprint, Kv, Scheduling, SimEngine, blueprint
-from bench.stats import ProgramRecord, Run, distribution, tokens_per_s, wait_share
+from bench.sim_fleet import SimFleet
+from bench.stats import (
+    ProgramRecord,
+    Run,
+    distribution,
+    prefix_hit_rate,
+    tokens_per_s,
+    wait_share,
+)
 from bench.trace import TraceProgram
 
 VLLM: Final = "vllm"
@@ -282,33 +288,22 @@ def scheduler_pass(policy: str, waiting: int, running: int, repeats: int) -> Res
 def placement(
     policy: str, workload: str, replicas: int, load: float, programs: int, slots: int
 ) -> Result:
-    """Programs over many replicas, placed by the router's own function (`bench.routing`).
+    """Programs over many replicas with `plas` in each, placed by the router's own function.
 
-    Inside a replica calls run first come, first served. `programs` is per replica.
+    `programs` is per replica.
     """
-    timing = _timing(PRESETS[DEVICE], slots)
-    chosen = list(synthetic.generate(workload, programs * replicas, 1))
-    full = replicas / statistics.fmean(service_s(program, timing) for program in chosen)
+    setup = _setup(DEVICE, slots, 0.0)
+    chosen = [blueprint(p) for p in synthetic.generate(workload, programs * replicas, 1)]
+    full = replicas * capacity(setup, chosen)
     arrivals = poisson_arrivals(len(chosen), load * full, 1)
-    result = Simulation(policy, replicas, timing).run(chosen, arrivals)
+    fleet = SimFleet(policy, replicas, setup.device, setup.scheduling("plas"), num_slots=slots)
+    run = fleet.run(chosen, arrivals)
     return {
         "rate": load * full,
-        "latency_ms": result["program_token_latency_ms"],
-        "prefix_hit_rate": result["prefix_hit_rate"],
-        "balance": result["balance"],
+        "latency_ms": distribution(p.token_latency_ms for p in run.programs),
+        "prefix_hit_rate": prefix_hit_rate(run),
+        "balance": fleet.balance,
     }
-
-
-def _timing(device: Device, slots: int, context: int = 900) -> Timing:
-    """The preset as the router's fake replicas want it, with every call at one context length."""
-    call_s = device.decode_call_s + device.decode_kv_s * context
-    return Timing(
-        num_slots=slots,
-        kv_tokens=device.kv_tokens,
-        prefill_tokens_per_s=1 / device.prefill_token_s,
-        step_s=device.decode_s + call_s,
-        step_call_s=call_s,
-    )
 
 
 JOBS: Final[dict[str, Callable[..., Result]]] = {

@@ -421,11 +421,11 @@ def parser() -> argparse.ArgumentParser:
     add("--engines", type=int, default=0, help="real engines in their place")
     add("--troubles", nargs="+", default=["kill", "pause", "cut", "router"],
         choices=["kill", "pause", "cut", "router"], help="default: all")  # fmt: skip
-    add("--every", type=float, default=2.0, help="seconds between troubles (%(default)s)")
+    add("--every", type=float, default=1.0, help="seconds between troubles (%(default)s)")
     add("--silence", type=float, default=TIMEOUT_S, help="the router's --timeout-s (%(default)s)")
     add("--timeout", type=float, default=60.0, help="seconds after which a call is lost")
-    add("--at-once", type=int, default=32, help="programs at once (%(default)s)")
-    add("--speed", type=float, default=5.0, help="of fake replicas (%(default)s)")
+    add("--at-once", type=int, default=16, help="programs at once (%(default)s)")
+    add("--speed", type=float, default=1.0, help="of fake replicas (%(default)s)")
     add("--seed", type=int, default=1)
     return made
 

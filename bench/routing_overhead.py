@@ -148,7 +148,9 @@ def _measure_path(name: str, server: Server, seconds: float) -> Numbers:
 
 async def _measure(server: Server, seconds: float, *, is_router: bool) -> Numbers:
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(server.base_url, connector=connector) as session:
+    async with aiohttp.ClientSession(
+        server.base_url, connector=connector, headers={"content-type": "application/json"}
+    ) as session:
         await _until_served(session)
 
         async def short() -> int:
@@ -186,9 +188,14 @@ async def _until_served(session: aiohttp.ClientSession) -> None:
                 await asyncio.sleep(0.1)
 
 
+def _body(asked: dict[str, Any]) -> bytes:
+    """What is asked of the replica goes into the prompt: the peer drops fields it does not know."""
+    return json.dumps({"text": json.dumps(asked), "stream": "n" in asked}).encode()
+
+
 async def _read(session: aiohttp.ClientSession, asked: dict[str, Any]) -> int:
     """The number of events in an answer, 1 for one that is none; raises unless it is whole."""
-    async with session.post("/generate", data=json.dumps({"text": "", **asked})) as response:
+    async with session.post("/generate", data=_body(asked)) as response:
         body = await response.read()
         response.raise_for_status()
     if "n" not in asked:
@@ -219,8 +226,8 @@ async def _wait_with_open_streams(
     session: aiohttp.ClientSession, server: Server, seconds: float
 ) -> tuple[list[float], int]:
     """Times to first byte of single calls while many slow streams are open; memory meanwhile."""
-    slow = {"text": "", "n": 1 + round(2 * seconds + 4), "every_s": 0.5}
-    streams = [await session.post("/generate", data=json.dumps(slow)) for _ in range(OPEN_STREAMS)]
+    slow = _body({"n": 1 + round(2 * seconds + 4), "every_s": 0.5})
+    streams = [await session.post("/generate", data=slow) for _ in range(OPEN_STREAMS)]
     held = _memory_bytes(server)
     readers = [asyncio.create_task(stream.read()) for stream in streams]
     waits = [wait_s async for wait_s in _probe(session, seconds)]
@@ -232,7 +239,7 @@ async def _probe(session: aiohttp.ClientSession, seconds: float) -> AsyncIterato
     end_s = time.perf_counter() + seconds
     while time.perf_counter() < end_s:
         started = time.perf_counter()
-        async with session.post("/generate", data='{"text": "", "n": 1}') as response:
+        async with session.post("/generate", data=_body({"n": 1})) as response:
             await response.content.readany()
             yield time.perf_counter() - started
             await response.read()
@@ -263,7 +270,7 @@ async def _read_times(session: aiohttp.ClientSession, seconds: float) -> list[fl
     end_s = time.perf_counter() + seconds
 
     async def loop() -> list[float]:
-        times = []
+        times: list[float] = []
         while not times or time.perf_counter() < end_s:
             started = time.perf_counter()
             await _read(session, PACED)
@@ -281,8 +288,11 @@ async def _read_slowly(server: Server) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.setblocking(False)
     loop = asyncio.get_running_loop()
-    body = json.dumps({"text": "", "n": 10_000_000}).encode()
-    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    body = _body({"n": 10_000_000})
+    head = (
+        "POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
     with connection:
         await loop.sock_sendall(connection, head.encode() + body)
         while await loop.sock_recv(connection, 1):

@@ -55,8 +55,12 @@ def test_sustained_rate_is_where_latency_has_doubled():
     def row(size, rate, mean):
         return {"replicas": size, "rate": rate, "program_token_latency_ms": {"mean": mean}}
 
-    rows = [row(1, 1.0, 10), row(1, 2.0, 40), row(2, 2.0, 10), row(2, 4.0, 20), row(2, 5.0, 30)]
-    assert router.sustained(rows) == {1: pytest.approx(1.5), 2: pytest.approx(4.0)}
+    rows = [
+        *(row(1, 1.0, 10), row(1, 2.0, 40), row(2, 2.0, 10), row(2, 4.0, 20), row(2, 5.0, 30)),
+        *(row(4, 4.0, 10), row(4, 8.0, 19), row(8, 8.0, 21)),
+    ]
+    found = {1: pytest.approx(1.5), 2: pytest.approx(4.0), 4: 8.0, 8: None}
+    assert router.sustained(rows) == found
 
 
 def test_overhead_is_measured_on_real_processes(monkeypatch):

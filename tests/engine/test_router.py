@@ -187,7 +187,7 @@ def test_sglangs_own_serving_benchmark(fleet: Fleet, tmp_path: Path) -> None:
         "--base-url", fleet.url, "--dataset-name", "random-ids", "--num-prompts", "16",
         "--random-input-len", "64", "--random-output-len", "8", "--random-range-ratio", "1",
         "--tokenizer", str(ensure_tiny_model()), "--model", "tiny-llama", "--tokenize-prompt",
-        "--disable-tqdm",
+        "--disable-tqdm", "--output-file", str(tmp_path / "result.jsonl"),
     ]  # fmt: skip
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     if importlib.util.find_spec("datasets") is None:

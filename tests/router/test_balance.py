@@ -113,13 +113,13 @@ def test_program_stays_where_its_prefix_is():
 
 
 def test_program_spills_when_the_queue_costs_more_than_the_prefix():
-    """Elsewhere 4 s of prefill; here 0.1 s that holds up four others, and 0.5 s per call ahead.
+    """Elsewhere twice 4 s of prefill; here twice 0.1 s per call held up, and 0.5 s per call ahead.
 
-    The eighth call ahead is too many, and the home moves along.
+    The eleventh call ahead is too many, and the home moves along.
     """
-    homes = {n: autellix(LONG, at("w0", 3900), fleet(n, 0)).home for n in range(14)}
-    assert homes == {n: "w0" if n < 11 else "w1" for n in range(14)}
-    assert autellix(LONG, at("w0", 3900), fleet(11, 0)).is_spill
+    homes = {n: autellix(LONG, at("w0", 3900), fleet(n, 0)).home for n in range(17)}
+    assert homes == {n: "w0" if n < 14 else "w1" for n in range(17)}
+    assert autellix(LONG, at("w0", 3900), fleet(14, 0)).is_spill
 
 
 def test_longer_prefix_holds_a_program_longer():
@@ -138,7 +138,7 @@ def test_recomputing_where_many_decode_costs_more():
 def test_prompts_sent_and_not_answered_count_as_delay():
     """Prompt tokens on their way to a worker delay the next call before any report says so."""
     busy, idle = fleet(1, 0)
-    busy = dataclasses.replace(busy, pending_tokens=5000)
+    busy = dataclasses.replace(busy, pending_tokens=9000)
     assert autellix(LONG, at("w0", 3900), [busy, idle]).worker == "w1"
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,6 +50,17 @@ def test_each_replica_gets_its_own_gpus_port_and_name():
     assert [command[9] for command in found] == ["4", "6", "8"]
     assert [command[-1] for command in found] == ["replica-0", "replica-1", "replica-2"]
     assert all(command[-4:-2] == ["--router-endpoint", "ipc:///x"] for command in found)
+
+
+@pytest.mark.parametrize(
+    ("first", "num_ranks", "node"), [(0, 1, 0), (3, 1, 1), (4, 2, 0), (1, 2, 0)]
+)
+def test_replicas_on_a_cpu_share_its_groups_of_cores(monkeypatch, first, num_ranks, node):
+    """SGLang takes a GPU's number for a group of cores; every replica is given one that exists."""
+    pytest.importorskip("sglang")
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+    asked = SimpleNamespace(base_gpu_id=first, tp_size=num_ranks, pp_size=1)
+    assert launch._first_cpu_node(asked) == node
 
 
 def test_number_that_is_none_is_named():
