@@ -68,13 +68,11 @@ SIMULATED_BY: Final = (
     "bench/paper_runs.py",
     "bench/planner.py",
     "bench/replay.py",
-    "bench/routing.py",
     "bench/sim*.py",
     "bench/stats.py",
     "bench/synthetic.py",
     "bench/trace.py",
     "router/balance.py",
-    "router/testing.py",
 )
 VERDICT_CLASSES: Final = {verdict: verdict.split()[0] for verdict in VERDICTS}
 

@@ -56,11 +56,10 @@ class Size:
     swap_minutes: float = 6.0
     swap_loads: tuple[float, ...] = (1.2, 1.5, 2.0)
     passes: int = 20
-    chats: int = 80  # per replica
-    searches: int = 15  # per replica
-    replica_slots: int = 16  # few, so that few programs make a queue
+    chats: int = 150  # per replica
+    searches: int = 25  # per replica
     replicas: tuple[int, ...] = (1, 2, 4, 8)
-    replica_loads: tuple[float, ...] = (0.5, 1.0, 1.5, 2.5)
+    replica_loads: tuple[float, ...] = (0.4, 0.8, 1.0, 1.2, 1.6, 2.2)
     slots: int = 64
 
 
@@ -78,10 +77,10 @@ QUICK: Final = Size(
     swap_minutes=2.0,
     swap_loads=(1.5, 2.0),
     passes=3,
-    chats=20,
-    searches=4,
+    chats=40,
+    searches=8,
     replicas=(1, 2, 4),
-    replica_loads=(0.5, 2.5),
+    replica_loads=(0.4, 1.0, 2.0),
 )
 
 

@@ -19,14 +19,20 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Final
 
-from autellix_sglang.router.testing import Timing
 from bench import planner, synthetic
 from bench.replay import poisson_arrivals
-from bench.routing import Simulation, service_s
 from bench.sim import Setup, at_rate, capacity, synthetic_plans
-from bench.sim_device import KV_BYTES_PER_LAYER, LLAMA_8B, PRESETS, Device
+from bench.sim_device import KV_BYTES_PER_LAYER, LLAMA_8B, PRESETS
 from bench.sim_engine import Blueprint, Kv, Scheduling, SimEngine, blueprint
-from bench.stats import ProgramRecord, Run, distribution, tokens_per_s, wait_share
+from bench.sim_fleet import SimFleet
+from bench.stats import (
+    ProgramRecord,
+    Run,
+    distribution,
+    prefix_hit_rate,
+    tokens_per_s,
+    wait_share,
+)
 from bench.trace import TraceProgram
 
 VLLM: Final = "vllm"
@@ -223,7 +229,7 @@ def hits(workload: str, programs: int) -> Result:
 
 def offline(policy: str, programs: int, slots: int) -> Result:
     """All chat programs at once, preempted KV going to the host: when is the last one done?"""
-    plans = _offline_plans(programs)
+    plans = _generated("chat", programs)
     chosen = [blueprint(without_cache(p.trace)) for p in plans] if policy == VLLM else plans
     setup = _setup(DEVICE, slots, 0.0, kv="swap")
     engine = _watched(setup, policy)
@@ -245,9 +251,9 @@ def offline(policy: str, programs: int, slots: int) -> Result:
     }
 
 
-@lru_cache(maxsize=4)
-def _offline_plans(programs: int) -> list[Blueprint]:
-    return [blueprint(program) for program in synthetic.generate("chat", programs, 1)]
+@lru_cache(maxsize=8)
+def _generated(workload: str, programs: int) -> list[Blueprint]:
+    return [blueprint(program) for program in synthetic.generate(workload, programs, 1)]
 
 
 def swap(policy: str, load: float, minutes: float, slots: int) -> Result:
@@ -280,35 +286,23 @@ def scheduler_pass(policy: str, waiting: int, running: int, repeats: int) -> Res
 
 
 def placement(
-    policy: str, workload: str, replicas: int, load: float, programs: int, slots: int
+    router: str, policy: str, workload: str, replicas: int, load: float, programs: int, slots: int
 ) -> Result:
-    """Programs over many replicas, placed by the router's own function (`bench.routing`).
+    """Programs over many replicas (`bench.sim_fleet`), placed by the router's own function.
 
-    Inside a replica calls run first come, first served. `programs` is per replica.
+    `policy` is that of every replica's engine; `programs` are per replica.
     """
-    timing = _timing(PRESETS[DEVICE], slots)
-    chosen = list(synthetic.generate(workload, programs * replicas, 1))
-    full = replicas / statistics.fmean(service_s(program, timing) for program in chosen)
-    arrivals = poisson_arrivals(len(chosen), load * full, 1)
-    result = Simulation(policy, replicas, timing).run(chosen, arrivals)
+    setup = _setup(DEVICE, slots, 0.0)
+    plans = _generated(workload, programs * replicas)
+    rate = load * replicas * capacity(setup, plans)
+    fleet = SimFleet(router, replicas, setup.device, _scheduling(setup, policy), num_slots=slots)
+    run = fleet.run(plans, poisson_arrivals(len(plans), rate, setup.seed))
     return {
-        "rate": load * full,
-        "latency_ms": result["program_token_latency_ms"],
-        "prefix_hit_rate": result["prefix_hit_rate"],
-        "balance": result["balance"],
+        "rate": rate,
+        "latency_ms": distribution(p.token_latency_ms for p in run.programs),
+        "prefix_hit_rate": prefix_hit_rate(run),
+        "balance": fleet.balance,
     }
-
-
-def _timing(device: Device, slots: int, context: int = 900) -> Timing:
-    """The preset as the router's fake replicas want it, with every call at one context length."""
-    call_s = device.decode_call_s + device.decode_kv_s * context
-    return Timing(
-        num_slots=slots,
-        kv_tokens=device.kv_tokens,
-        prefill_tokens_per_s=1 / device.prefill_token_s,
-        step_s=device.decode_s + call_s,
-        step_call_s=call_s,
-    )
 
 
 JOBS: Final[dict[str, Callable[..., Result]]] = {
