@@ -141,9 +141,7 @@ def _fig12_find(size: Size, results: Results) -> Findings:
         ),
         header=("workload", "rate over", "attained, 8B", "at", "attained, 70B", "gittins, 8B",
                 "the paper's", "srpt, 8B"),
-        rows=tuple(
-            (*row[:2], str(row[2]), row[3], str(row[4]), row[5], str(row[6])) for row in rows
-        ),
+        rows=tuple(rows),
         policies=POLICIES,
         data={
             device: {
