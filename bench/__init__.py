@@ -7,7 +7,8 @@
     stats.py      what was measured, as records and as numbers
     server.py     start, watch and stop the servers under test
     report.py     one self-contained HTML page
-    svg.py        the little SVG that page needs
+    charts.py     curves, bars and Gantt rows for such pages
+    svg.py        the little SVG that they need
     testing.py    a fake engine, to try a benchmark without a model
     common.py     what every benchmark prints: progress, table, one JSON line
     sim.py        the question "what would a policy do on a GPU that we do not have?"
@@ -15,6 +16,10 @@
     sim_engine.py, sim_cache.py, sim_device.py   the engine it simulates, with the server's core
     atlas.py      the question "what is the critical path worth?"
     infer.py      the question "how often does --program-infer find the right program?"
+    paper.py      the question "do the paper's figures hold?"
+    paper_runs.py what it simulates; paper_base, _engine, _rates, _fleet, _costs: what it says
+    gpu.py        the question "which order serves programs best on a real GPU?"
+    import_trace.py   Mooncake's, SGLang's, AIBrix's and OpenAI's logs as recorded workloads
     serve.py      the question "what does a policy do to program latency on a live engine?"
 
 Nothing in the product imports this package.

@@ -145,7 +145,7 @@ def ensure_dummy_8b(parent: Path | None = None) -> Path:
 
 def stages(policies: Sequence[str]) -> list[tuple[str, ...]]:
     """Which policies are served together: each stock order alone, ours on one server."""
-    stock = [(policy,) for policy in policies if policy in STOCK]
+    stock: list[tuple[str, ...]] = [(policy,) for policy in policies if policy in STOCK]
     ours = tuple(policy for policy in policies if policy not in STOCK)
     return [*stock, ours] if ours else stock
 

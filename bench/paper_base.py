@@ -24,14 +24,17 @@ from bench.sim import rate_at
 Results = Mapping[Cell, Result]
 
 OURS: Final = ProgramConfig().policy
-POLICIES: Final = tuple(dict.fromkeys((VLLM, "fcfs", "mlfq", "plas", "atlas", OURS, "srpt")))
-ATTAINED: Final = tuple(dict.fromkeys(("plas", "atlas", OURS)))
+LEARNING: Final = "gittins"
+POLICIES: Final = tuple(
+    dict.fromkeys((VLLM, "fcfs", "mlfq", "plas", "atlas", LEARNING, OURS, "srpt"))
+)
+ATTAINED: Final = ("plas", "atlas")
 WORKLOADS: Final = ("chat", "react", "tree", "mixed")
 PAPER_NAMES: Final = {"chat": "ShareGPT", "react": "BFCL", "tree": "LATS", "mixed": "Mixed"}
 NAMES: Final = {VLLM: "vLLM (no prefix cache)", "fcfs": "fcfs (vLLM-opt)"}
 COLOURS: Final = {
     "fcfs": "p0", "plas": "p1", "atlas": "p2", "mlfq": "p3", "srpt": "p4", VLLM: "p5",
-    "gittins": "p6",
+    LEARNING: "p6",
 }  # fmt: skip
 THE_PAPER: Final = "p8"
 OBJECTIVES_MS: Final = (300.0, 500.0, 1000.0)  # the paper's Fig. 15
@@ -43,24 +46,23 @@ NOT_THERE: Final = "-"
 class Size:
     """How much is simulated."""
 
-    minutes: float = 6.0
-    loads: tuple[float, ...] = (0.2, 0.5, 0.7, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 2.0, 2.5, 3.0)
-    large_minutes: float = 8.0  # of the 70B model, whose rates are half as high
-    large_loads: tuple[float, ...] = (0.5, 1.0, 1.2, 1.5, 2.0, 3.0)
+    minutes: float = 4.0
+    loads: tuple[float, ...] = (0.3, 0.6, 0.8, 1.0, 1.2, 1.4, 1.7, 2.0, 2.5, 3.0)
+    large_minutes: float = 6.0  # of the 70B model, whose rates are half as high
+    large_loads: tuple[float, ...] = (0.5, 1.0, 1.3, 1.7, 2.2, 3.0)
     wait_loads: tuple[float, ...] = (0.5, 0.9, 1.1, 1.5, 2.0)
     steady_minutes: float = 60.0
     steady_load: float = 1.1
     size_minutes: float = 20.0
     hit_programs: int = 400
     offline: tuple[int, ...] = (1000, 2000, 4000)
-    swap_minutes: float = 6.0
+    swap_minutes: float = 4.0
     swap_loads: tuple[float, ...] = (1.2, 1.5, 2.0)
     passes: int = 20
-    chats: int = 80  # per replica
-    searches: int = 15  # per replica
-    replica_slots: int = 16  # few, so that few programs make a queue
+    chats: int = 100  # per replica
+    searches: int = 20  # per replica
     replicas: tuple[int, ...] = (1, 2, 4, 8)
-    replica_loads: tuple[float, ...] = (0.5, 1.0, 1.5, 2.5)
+    replica_loads: tuple[float, ...] = (0.4, 1.0, 1.3, 1.7, 2.2)
     slots: int = 64
 
 
@@ -78,10 +80,10 @@ QUICK: Final = Size(
     swap_minutes=2.0,
     swap_loads=(1.5, 2.0),
     passes=3,
-    chats=20,
-    searches=4,
+    chats=40,
+    searches=8,
     replicas=(1, 2, 4),
-    replica_loads=(0.5, 2.5),
+    replica_loads=(0.4, 1.0, 2.0),
 )
 
 

@@ -229,7 +229,7 @@ def hits(workload: str, programs: int) -> Result:
 
 def offline(policy: str, programs: int, slots: int) -> Result:
     """All chat programs at once, preempted KV going to the host: when is the last one done?"""
-    plans = _offline_plans(programs)
+    plans = _generated("chat", programs)
     chosen = [blueprint(without_cache(p.trace)) for p in plans] if policy == VLLM else plans
     setup = _setup(DEVICE, slots, 0.0, kv="swap")
     engine = _watched(setup, policy)
@@ -251,9 +251,9 @@ def offline(policy: str, programs: int, slots: int) -> Result:
     }
 
 
-@lru_cache(maxsize=4)
-def _offline_plans(programs: int) -> list[Blueprint]:
-    return [blueprint(program) for program in synthetic.generate("chat", programs, 1)]
+@lru_cache(maxsize=8)
+def _generated(workload: str, programs: int) -> list[Blueprint]:
+    return [blueprint(program) for program in synthetic.generate(workload, programs, 1)]
 
 
 def swap(policy: str, load: float, minutes: float, slots: int) -> Result:
@@ -286,20 +286,19 @@ def scheduler_pass(policy: str, waiting: int, running: int, repeats: int) -> Res
 
 
 def placement(
-    policy: str, workload: str, replicas: int, load: float, programs: int, slots: int
+    router: str, policy: str, workload: str, replicas: int, load: float, programs: int, slots: int
 ) -> Result:
-    """Programs over many replicas with `plas` in each, placed by the router's own function.
+    """Programs over many replicas (`bench.sim_fleet`), placed by the router's own function.
 
-    `programs` is per replica.
+    `policy` is that of every replica's engine; `programs` are per replica.
     """
     setup = _setup(DEVICE, slots, 0.0)
-    chosen = [blueprint(p) for p in synthetic.generate(workload, programs * replicas, 1)]
-    full = replicas * capacity(setup, chosen)
-    arrivals = poisson_arrivals(len(chosen), load * full, 1)
-    fleet = SimFleet(policy, replicas, setup.device, setup.scheduling("plas"), num_slots=slots)
-    run = fleet.run(chosen, arrivals)
+    plans = _generated(workload, programs * replicas)
+    rate = load * replicas * capacity(setup, plans)
+    fleet = SimFleet(router, replicas, setup.device, _scheduling(setup, policy), num_slots=slots)
+    run = fleet.run(plans, poisson_arrivals(len(plans), rate, setup.seed))
     return {
-        "rate": load * full,
+        "rate": rate,
         "latency_ms": distribution(p.token_latency_ms for p in run.programs),
         "prefix_hit_rate": prefix_hit_rate(run),
         "balance": fleet.balance,

@@ -402,7 +402,12 @@ def parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="fcfs, mlfq and plas, few loads, 5 minutes of arrivals"
     )
     add("--device", choices=PRESETS, default="a100-8b", help="default: %(default)s")
-    add("--workloads", nargs="*", choices=WORKLOADS, help="default: all, or none with --traces")
+    add(
+        "--workloads",
+        nargs="*",
+        choices=WORKLOADS,
+        help="default: the paper's four, or none with --traces",
+    )
     add("--traces", nargs="+", type=Path, default=[], help="recorded files, mixed in equal parts")
     add("--policies", nargs="+", choices=known, help="default: all")
     add("--loads", nargs="+", type=float, help="shares of the capacity (default: 0.5 to 3)")
@@ -440,10 +445,10 @@ def setup_of(options: argparse.Namespace) -> Setup:
 def workloads_of(
     options: argparse.Namespace, setup: Setup, loads: Sequence[float]
 ) -> Iterator[tuple[str, list[Blueprint]]]:
-    """Every workload asked for, by name; all built-in ones where nothing was said."""
+    """Every workload asked for, by name; the paper's where nothing was said."""
     names = options.workloads
     if names is None:
-        names = [] if options.traces else list(WORKLOADS)
+        names = [] if options.traces else list(BARS)
     for name in names:
         yield name, synthetic_plans(name, setup, max(loads))
     if options.traces:

@@ -26,10 +26,9 @@ TINY = Size(
     swap_minutes=0.5,
     swap_loads=(1.5,),
     passes=1,
-    chats=2,
+    chats=4,
     searches=2,
     replicas=(1, 2),
-    replica_slots=4,
     replica_loads=(0.5, 3.0),
     slots=8,
 )
