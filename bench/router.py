@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     options = parser().parse_args(argv)
     if options.quick:
-        options.minutes, options.seconds = min(options.minutes, 1.5), 1.5
+        options.minutes, options.seconds = min(options.minutes, 1.0), 1.0
     workloads = options.trace or (QUICK_KINDS if options.quick else KINDS)
     results: list[dict[str, Any]] = []
     rates: dict[int, float | None] = {}
