@@ -52,8 +52,13 @@ SETTINGS = {
     "beta": 2.0,
     "schedule_interval": 1,
 }
-# SGLang admits calls as if they had only so many tokens to go, and runs out of KV in mid-decode.
-OVERCOMMIT = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"}
+# SGLang admits calls as if they had one token to go, and runs out of KV in mid-decode. As calls are
+# preempted before that most of the time, its own test switch retracts some every few steps, too.
+OVERCOMMIT = {
+    "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "1",
+    "SGLANG_TEST_RETRACT": "1",
+    "SGLANG_TEST_RETRACT_INTERVAL": "9",
+}
 SUMS = ("retractions", "swaps_out", "swaps_in", *LEAKS)
 
 
