@@ -4,9 +4,9 @@
 
 Clients send greedy calls to one program server, and let some run to their end, abort some, and
 walk away from others in mid-stream, while an operator keeps changing the quantum and what becomes
-of preempted calls' KV. Batch, quanta, KV pool and host pool are so small that calls are preempted, retracted
-and refused by a full host pool all the time. Every token that arrives is compared with the answer
-to the same prompt on the idle server; at the end nothing may be left in it.
+of preempted calls' KV. Batch, quanta, KV pool and host pool are so small that calls are preempted,
+retracted and refused by a full host pool all the time. Every token that arrives is compared with
+the answer to the same prompt on the idle server; at the end nothing may be left in it.
 
 All choices come from `--seed`; how they fall together does not, for the engine is real. With
 `--no-model` it is not: then the same kinds of events happen to the swap manager on SGLang's own
