@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--programs", type=int, default=0, help="default: 18 with --quick, else 60")
     parser.add_argument("--scale", type=float, default=0.15, help="multiply all token counts")
     parser.add_argument("--max-running-requests", type=int, default=4, help="batch slots")
-    parser.add_argument("--kv-tokens", type=int, default=600, help="KV pool of each engine")
+    parser.add_argument("--kv-tokens", type=int, default=640, help="KV pool of each engine")
     parser.add_argument("--kv", choices=KV_CHOICES, default="keep", help="what becomes of KV")
     parser.add_argument(
         "--host-memory", type=float, default=0.25, help="GiB of host pool on each engine"
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 def _workload(num_programs: int, scale: float, seed: int) -> tuple[TraceProgram, ...]:
     corpora = synthetic.corpora("mixed", num_programs, seed)
     return trace.sample(
-        corpora, num_programs, seed, factor=scale, max_calls=12, max_prompt_tokens=700
+        corpora, num_programs, seed, factor=scale, max_calls=12, max_prompt_tokens=560
     ).programs
 
 
