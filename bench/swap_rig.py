@@ -253,7 +253,7 @@ class _Sent:
 class Chaos:
     """Random events on a rig. `run` raises `AssertionError` for whatever must not happen."""
 
-    def __init__(self, seed: int, num_kv_tokens: int = 100, num_host_tokens: int = 256) -> None:
+    def __init__(self, seed: int, num_kv_tokens: int = 100, num_host_tokens: int = 128) -> None:
         self._rng = random.Random(seed)
         record_bytes = 2 * NUM_LAYERS * 16
         host_gib = num_host_tokens * record_bytes / 2**30
@@ -291,7 +291,7 @@ class Chaos:
         rng, rig = self._rng, self._rig
         if len(self._live) < 12 and rng.random() < 0.3:
             self._submit()
-        if rig.running and rng.random() < 0.12:
+        if rig.running and rng.random() < 0.25:
             victims = rng.sample(rig.running, rng.randint(1, len(rig.running)))
             rig.preempt(victims, spare_tokens=rng.choice((0, 20, 100)))
             self.events["preempted"] += len(victims)

@@ -183,8 +183,8 @@ def test_a_call_that_still_does_not_fit_is_not_copied_back() -> None:
 def test_random_events_leak_nothing_and_change_nothing(seed: int) -> None:
     """Preemptions, retractions, aborts, flushes, a full host pool, changing modes: all at once."""
     found = Chaos(seed).run(600)
-    assert found["completed"] > 40
-    assert found["swaps_out"] > 30 and found["swaps_in"] > 15
+    assert found["completed"] > 30
+    assert found["swaps_out"] > 10 and found["swaps_in"] > 5
     assert found["retractions"] > 0 and found["dropped_for_full_pool"] > 0
 
 
