@@ -372,7 +372,7 @@ def run_two(**settings: Any) -> FakeEngine:
     """A long call, and a short one of another program that comes while the long one runs."""
     rules: dict[str, Any] = {"policy": "plas", "quantum": 4, "beta": 0, "schedule_interval": 1}
     engine = FakeEngine(
-        ProgramConfig(**{**rules, "prefill_weight": 0.5, **settings}),
+        ProgramConfig(**{**rules, "min_run": 8, "prefill_weight": 0.5, **settings}),
         num_slots=1,
         num_kv_tokens=100,
         prefill_budget=16,
