@@ -3,10 +3,10 @@
     python -m bench.chaos --minutes 5
 
 Clients send greedy calls to one program server, and let some run to their end, abort some, and
-walk away from others in mid-stream, while an operator keeps changing what becomes of preempted
-calls' KV. Batch, quanta, KV pool and host pool are so small that calls are preempted, retracted
-and refused by a full host pool all the time. Every token that arrives is compared with the answer
-to the same prompt on the idle server; at the end nothing may be left in it.
+walk away from others in mid-stream, while an operator keeps changing the quantum and what becomes
+of preempted calls' KV. Batch, quanta, KV pool and host pool are so small that calls are preempted,
+retracted and refused by a full host pool all the time. Every token that arrives is compared with
+the answer to the same prompt on the idle server; at the end nothing may be left in it.
 
 All choices come from `--seed`; how they fall together does not, for the engine is real. With
 `--no-model` it is not: then the same kinds of events happen to the swap manager on SGLang's own
@@ -43,6 +43,7 @@ NUM_CLIENTS = 12
 NUM_PROGRAMS = 40
 CALL_TIMEOUT_S = 120.0  # a call takes a few seconds: whatever takes so long is stuck
 OPERATOR_INTERVAL_S = 1.5
+QUANTA = (4.0, 256.0)  # calls are preempted all the time, or fill the KV pool and are retracted
 REPORT_INTERVAL_S = 30.0
 COUNTED = (
     "num_preemptions", "retracted_calls", "swaps_out", "swaps_in", "dropped_for_full_pool",
@@ -166,7 +167,8 @@ class _Chaos:
         said = time.monotonic()
         while time.monotonic() < until:
             await asyncio.sleep(OPERATOR_INTERVAL_S * rng.random())
-            await asyncio.to_thread(configure, self._server.base_url, kv=rng.choice(KV_CHOICES))
+            settings = {"kv": rng.choice(KV_CHOICES), "quantum": rng.choice(QUANTA)}
+            await asyncio.to_thread(configure, self._server.base_url, **settings)
             if time.monotonic() - said > REPORT_INTERVAL_S:
                 said = time.monotonic()
                 say(f"  {until - said:.0f} s to go: {dict(self._found)}")

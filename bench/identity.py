@@ -52,8 +52,13 @@ SETTINGS = {
     "beta": 2.0,
     "schedule_interval": 1,
 }
-# SGLang admits calls as if they had only so many tokens to go, and runs out of KV in mid-decode.
-OVERCOMMIT = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "8"}
+# SGLang admits calls as if they had one token to go, and runs out of KV in mid-decode. As calls are
+# preempted before that most of the time, its own test switch retracts some every few steps, too.
+OVERCOMMIT = {
+    "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "1",
+    "SGLANG_TEST_RETRACT": "1",
+    "SGLANG_TEST_RETRACT_INTERVAL": "9",
+}
 SUMS = ("retractions", "swaps_out", "swaps_in", *LEAKS)
 
 
@@ -100,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--programs", type=int, default=0, help="default: 18 with --quick, else 60")
     parser.add_argument("--scale", type=float, default=0.15, help="multiply all token counts")
     parser.add_argument("--max-running-requests", type=int, default=4, help="batch slots")
-    parser.add_argument("--kv-tokens", type=int, default=600, help="KV pool of each engine")
+    parser.add_argument("--kv-tokens", type=int, default=640, help="KV pool of each engine")
     parser.add_argument("--kv", choices=KV_CHOICES, default="keep", help="what becomes of KV")
     parser.add_argument(
         "--host-memory", type=float, default=0.25, help="GiB of host pool on each engine"
@@ -115,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 def _workload(num_programs: int, scale: float, seed: int) -> tuple[TraceProgram, ...]:
     corpora = synthetic.corpora("mixed", num_programs, seed)
     return trace.sample(
-        corpora, num_programs, seed, factor=scale, max_calls=12, max_prompt_tokens=700
+        corpora, num_programs, seed, factor=scale, max_calls=12, max_prompt_tokens=560
     ).programs
 
 

@@ -39,7 +39,7 @@ from autellix_sglang.engine.swap import SwapManager, SwapPrefillAdder
 
 VOCABULARY = 50
 NUM_LAYERS = 2
-NEW_TOKEN_RATIO = 0.1  # SGLang counts on early ends, which never come: the pool overflows
+NEW_TOKEN_RATIO = 0.0  # SGLang counts on early ends, which never come: the pool overflows
 STEP_S = 0.025  # what one step stands for, when steps are counted as time
 
 
@@ -253,7 +253,7 @@ class _Sent:
 class Chaos:
     """Random events on a rig. `run` raises `AssertionError` for whatever must not happen."""
 
-    def __init__(self, seed: int, num_kv_tokens: int = 120, num_host_tokens: int = 320) -> None:
+    def __init__(self, seed: int, num_kv_tokens: int = 100, num_host_tokens: int = 128) -> None:
         self._rng = random.Random(seed)
         record_bytes = 2 * NUM_LAYERS * 16
         host_gib = num_host_tokens * record_bytes / 2**30
@@ -291,7 +291,7 @@ class Chaos:
         rng, rig = self._rng, self._rig
         if len(self._live) < 12 and rng.random() < 0.3:
             self._submit()
-        if rig.running and rng.random() < 0.2:
+        if rig.running and rng.random() < 0.25:
             victims = rng.sample(rig.running, rng.randint(1, len(rig.running)))
             rig.preempt(victims, spare_tokens=rng.choice((0, 20, 100)))
             self.events["preempted"] += len(victims)

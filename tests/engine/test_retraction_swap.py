@@ -44,7 +44,7 @@ def _batch(num_reqs: int) -> Any:
     reqs = []
     for i in range(num_reqs):
         req: Any = SimpleNamespace(
-            rid=str(i), output_ids=[1], to_finish=None, finished=lambda: False,
+            rid=str(i), origin_input_ids=[], output_ids=[1], to_finish=None, finished=lambda: False,
             return_logprob=False, return_hidden_states=False, return_routed_experts=False,
             return_indexer_topk=False, return_sampling_mask=False, input_embeds=None,
             multimodal_inputs=None, session=None, beam_group=None,

@@ -183,9 +183,9 @@ def test_a_call_that_still_does_not_fit_is_not_copied_back() -> None:
 def test_random_events_leak_nothing_and_change_nothing(seed: int) -> None:
     """Preemptions, retractions, aborts, flushes, a full host pool, changing modes: all at once."""
     found = Chaos(seed).run(600)
-    assert found["completed"] > 50
-    assert found["swaps_out"] > 50 and found["swaps_in"] > 20
-    assert found["retractions"] > 5 and found["dropped_for_full_pool"] > 5
+    assert found["completed"] > 30
+    assert found["swaps_out"] > 10 and found["swaps_in"] > 5
+    assert found["retractions"] > 0 and found["dropped_for_full_pool"] > 0
 
 
 @pytest.mark.parametrize(
