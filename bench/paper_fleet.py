@@ -119,8 +119,8 @@ def _rates(sticky: float | None, ours: float | None) -> str:
     if sticky is None or ours is None:
         return "Round robin and least used cross no level within the loads, so rates have no ratio."
     return (
-        f"The paper's sticky placement sustains up to {sticky:.2f} times the rate of round robin and"
-        f" least used on 4 replicas, our `autellix` placement up to {ours:.2f} times."
+        f"The paper's sticky placement sustains up to {sticky:.2f} times the rate of round robin"
+        f" and least used on 4 replicas, our `autellix` placement up to {ours:.2f} times."
     )
 
 
