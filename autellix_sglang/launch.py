@@ -20,7 +20,6 @@ from typing import Any, Final, NoReturn
 
 from autellix_sglang import __version__
 from autellix_sglang.config import ENV_VAR, ProgramConfig, add_arguments, flag_of, from_arguments
-from autellix_sglang.core.kv import default_host_gib
 from autellix_sglang.engine.support import check_supported
 from autellix_sglang.errors import AutellixError, ConfigError
 from autellix_sglang.patches import torchvision_ops
@@ -104,12 +103,11 @@ def serve_replicas(
     """Run several replicas behind a router until stopped; this process loads no model."""
     config = from_arguments(namespace)  # refuse now what every replica would refuse
 
+    from autellix_sglang.engine import plugin
     from autellix_sglang.router import fleet
 
     if config.is_enabled and config.host_memory < 0:  # each would take what is there for all
-        import psutil
-
-        share = default_host_gib(psutil.virtual_memory().available, namespace.replicas)
+        share = plugin.with_host_memory(config, namespace.replicas).host_memory
         argv = [*argv, flag_of("host_memory"), str(share)]
 
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, datefmt="%Y-%m-%d %H:%M:%S")

@@ -34,9 +34,18 @@ from typing import Any
 import aiohttp
 
 from autellix_sglang.core.kv import KV_CHOICES
-from bench.common import print_result, provenance, say
+from bench.common import new_parser, print_result, provenance, say
 from bench.identity import OVERCOMMIT, SETTINGS
-from bench.server import LEAKS, Server, configure, free_port, launch_command, leaks, wait_empty
+from bench.server import (
+    COUNTED,
+    LEAKS,
+    Server,
+    configure,
+    free_port,
+    launch_command,
+    leaks,
+    wait_empty,
+)
 
 NUM_PROMPTS = 24
 NUM_CLIENTS = 12
@@ -45,10 +54,6 @@ CALL_TIMEOUT_S = 120.0  # a call takes a few seconds: whatever takes so long is 
 OPERATOR_INTERVAL_S = 1.5
 QUANTA = (4.0, 256.0)  # calls are preempted all the time, or fill the KV pool and are retracted
 REPORT_INTERVAL_S = 30.0
-COUNTED = (
-    "num_preemptions", "retracted_calls", "swaps_out", "swaps_in", "dropped_for_full_pool",
-    "swaps_lost", "recomputed_tokens",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.chaos", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = new_parser("bench.chaos", __doc__)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--no-model", action="store_true", help="no engine: see above")
     parser.add_argument("--seed", type=int, default=0)

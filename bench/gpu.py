@@ -36,7 +36,7 @@ from autellix_sglang.config import ProgramConfig
 from autellix_sglang.platform.tiny_model import cache_directory, write_tokenizer
 from bench import charts, report, serve
 from bench.charts import Series
-from bench.common import ROOT, print_result, provenance, say
+from bench.common import ROOT, new_parser, print_result, provenance, say
 from bench.replay import poisson_arrivals
 from bench.serve import Offered, ServeOptions
 from bench.server import STOCK, Endpoint, ServerError, policy_servers
@@ -331,8 +331,7 @@ def _latency_over_load(result: Mapping[str, Any]) -> str:
 
 def parse_options(argv: Sequence[str]) -> tuple[GpuOptions, argparse.Namespace]:
     """The options, and where the results go; exits with a message where they make no sense."""
-    out = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    out.formatter_class = argparse.RawDescriptionHelpFormatter
+    out = new_parser("bench.gpu", __doc__)
     default = GpuOptions()
     add = out.add_argument
     add("--device", choices=DEVICES, default=default.device, help="default: %(default)s")

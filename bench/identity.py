@@ -28,7 +28,7 @@ from typing import Any
 
 from autellix_sglang.core.kv import KV_CHOICES
 from bench import stats, synthetic, trace
-from bench.common import Progress, format_table, print_result, provenance, say
+from bench.common import Progress, format_table, new_parser, print_result, provenance, say
 from bench.replay import ReplayOptions, replay
 from bench.server import (
     LEAKS,
@@ -99,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.identity", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = new_parser("bench.identity", __doc__)
     parser.add_argument("--quick", action="store_true", help="18 programs")
     parser.add_argument("--programs", type=int, default=0, help="default: 18 with --quick, else 60")
     parser.add_argument("--scale", type=float, default=0.15, help="multiply all token counts")

@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Final
 
-from bench.common import print_result, provenance
+from bench.common import new_parser, print_result, provenance
 from bench.trace import (
     Record,
     TraceCall,
@@ -516,8 +516,7 @@ def convert(
 
 
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(prog="python -m bench.import_trace", description=__doc__)
-    out.formatter_class = argparse.RawDescriptionHelpFormatter
+    out = new_parser("bench.import_trace", __doc__)
     add = out.add_argument
     default = Assumptions()
     add("--from", dest="format", required=True, choices=IMPORTERS)

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench import paper_costs, paper_engine, paper_fleet, paper_rates, report
-from bench.common import ROOT, Progress, print_result, provenance, say
+from bench.common import ROOT, Progress, new_parser, print_result, provenance, say
 from bench.paper_base import (
     FULL,
     OURS,
@@ -214,8 +214,7 @@ def _facts(result: dict[str, Any]) -> dict[str, object]:
 
 
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(prog="python -m bench.paper", description=__doc__)
-    out.formatter_class = argparse.RawDescriptionHelpFormatter
+    out = new_parser("bench.paper", __doc__)
     add = out.add_argument
     add("--quick", action="store_true", help="few programs: shows that it works, not what is true")
     add("--figures", type=_figures, default=tuple(FIGURES), metavar="F,F",

@@ -27,10 +27,11 @@ from tempfile import mkdtemp
 from typing import Any
 
 from bench import synthetic, trace
-from bench.common import Progress, format_table, print_result, provenance, say
+from bench.common import Progress, format_table, new_parser, print_result, provenance, say
 from bench.identity import SETTINGS
 from bench.replay import ReplayOptions, replay
 from bench.server import (
+    COUNTED,
     LEAKS,
     Server,
     configure,
@@ -44,10 +45,6 @@ from bench.server import (
 from bench.trace import TraceProgram
 
 MODES = ("keep", "drop", "swap", "auto")
-COUNTED = (
-    "num_preemptions", "retracted_calls", "recomputed_tokens", "swaps_out", "swaps_in",
-    "dropped_for_full_pool", "swaps_lost",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.pressure", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = new_parser("bench.pressure", __doc__)
     parser.add_argument("--quick", action="store_true", help="12 programs, 2 rounds")
     parser.add_argument("--programs", type=int, default=0, help="default: 12 with --quick, else 24")
     parser.add_argument("--rounds", type=int, default=0, help="default: 2 with --quick, else 5")

@@ -34,7 +34,7 @@ from typing import Any, Final
 from autellix_sglang.config import ProgramConfig
 from autellix_sglang.core.policy import POLICIES as ENGINE_POLICIES
 from bench import trace
-from bench.common import Progress, format_table, print_result, provenance, say
+from bench.common import Progress, format_table, new_parser, print_result, provenance, say
 from bench.replay import poisson_arrivals
 from bench.routing_overhead import Overhead
 from bench.sim import FEW_PROGRAMS, SLOTS, Setup, capacity, rate_at
@@ -249,8 +249,7 @@ def placement_rows(results: Sequence[dict[str, Any]]) -> list[list[object]]:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m bench.router", description=__doc__)
-    made.formatter_class = argparse.RawDescriptionHelpFormatter
+    made = new_parser("bench.router", __doc__)
     add = made.add_argument
     add("--quick", action="store_true", help="a minute of arrivals, two workloads, short overhead")
     add("--trace", action="append", default=[], help="a trace file; may be repeated")

@@ -39,7 +39,7 @@ import aiohttp
 import psutil
 
 from autellix_sglang.router.testing import output_of
-from bench.common import ROOT, Progress, print_result, provenance, say
+from bench.common import ROOT, Progress, new_parser, print_result, provenance, say
 from bench.server import free_port
 
 CALLS_PER_PROGRAM: Final = 3
@@ -412,8 +412,7 @@ async def settle(world: World, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m bench.router_chaos", description=__doc__)
-    made.formatter_class = argparse.RawDescriptionHelpFormatter
+    made = new_parser("bench.router_chaos", __doc__)
     add = made.add_argument
     add("--quick", action="store_true", help="300 programs")
     add("--programs", type=int, default=2000, help="default: %(default)s")

@@ -36,6 +36,10 @@ POLL_S = 0.25
 LOG_TAIL_LINES = 40
 IDLE_TIMEOUT_S = 30.0
 EMPTY = ("programs", "live_calls", "waiting_calls", "running_calls")
+COUNTED = (  # of `program_stats`
+    "num_preemptions", "retracted_calls", "recomputed_tokens", "swaps_out", "swaps_in",
+    "dropped_for_full_pool", "swaps_lost",
+)  # fmt: skip
 LEAKS = ("leaked_programs", "leaked_kv_tokens", "leaked_host_bytes")
 COMMON_FLAGS = ("--host", "127.0.0.1", "--sleep-on-idle", "--enable-metrics")
 # SGLang untouched, by the name that benchmarks give to its order of waiting calls.

@@ -34,7 +34,7 @@ from typing import Any, Final
 from autellix_sglang.config import ProgramConfig, add_arguments, from_arguments
 from autellix_sglang.core.policy import POLICIES
 from autellix_sglang.errors import ConfigError
-from bench.common import ROOT, Progress, format_table, print_result, provenance, say
+from bench.common import ROOT, Progress, format_table, new_parser, print_result, provenance, say
 from bench.replay import poisson_arrivals
 from bench.sim_device import PRESETS, Device, DeviceError, attention_pairs, load_device
 from bench.sim_engine import BASELINES, Blueprint, Kinds, Kv, Scheduling, SimEngine, blueprint
@@ -395,8 +395,7 @@ def _ratios(curves: Curves, level: str) -> dict[str, float | None]:
 
 def parser() -> argparse.ArgumentParser:
     known = [*POLICIES, *BASELINES]
-    out = argparse.ArgumentParser(prog="python -m bench.sim", description=__doc__)
-    out.formatter_class = argparse.RawDescriptionHelpFormatter
+    out = new_parser("bench.sim", __doc__)
     add = out.add_argument
     add(
         "--quick", action="store_true", help="fcfs, mlfq and plas, few loads, 5 minutes of arrivals"

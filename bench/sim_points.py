@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Final
 
-from bench.common import format_table, print_result, provenance, say
+from bench.common import format_table, new_parser, print_result, provenance, say
 from bench.server import ServerError, policy_servers, server_info
 from bench.sim_device import Device, Point, attention_pairs, fitted
 
@@ -110,8 +110,7 @@ def as_rows(points: Sequence[Point]) -> list[list[float]]:
 
 
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(prog="python -m bench.sim_points", description=__doc__)
-    out.formatter_class = argparse.RawDescriptionHelpFormatter
+    out = new_parser("bench.sim_points", __doc__)
     add = out.add_argument
     add("--out", type=Path, required=True, help="the file to write, for `bench.sim --points`")
     add("--base-url", help="a running server; without it one is started")

@@ -31,7 +31,7 @@ from typing import Any, Final
 from autellix_sglang.config import ProgramConfig
 from autellix_sglang.core.policy import POLICIES
 from bench import serve, synthetic, trace
-from bench.common import format_table, print_result, provenance, say
+from bench.common import format_table, new_parser, print_result, provenance, say
 from bench.replay import poisson_arrivals
 from bench.serve import ServeOptions
 from bench.server import Endpoint, ServerError, policy_servers, server_info
@@ -124,8 +124,7 @@ def corpora_of(options: argparse.Namespace) -> dict[str, Sequence[TraceProgram]]
 
 
 def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(prog="python -m bench.sim_validate", description=__doc__)
-    out.formatter_class = argparse.RawDescriptionHelpFormatter
+    out = new_parser("bench.sim_validate", __doc__)
     add = out.add_argument
     add("--quick", action="store_true", help="8 programs of 12 calls per trace")
     add("--trace", action="append", type=Path, default=[], help="each is validated by itself")

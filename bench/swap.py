@@ -34,7 +34,7 @@ import psutil
 import torch
 
 from autellix_sglang.engine.swap_op import HostChunk, KVPool, Mover, mover_for, swap_in, swap_out
-from bench.common import Progress, format_table, print_result, provenance, say
+from bench.common import Progress, format_table, new_parser, print_result, provenance, say
 
 Move = Callable[[], object]
 MAX_SMALL_COPIES: Final = 100_000  # of one measurement by a variant that copies piece by piece
@@ -300,8 +300,7 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.swap", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = new_parser("bench.swap", __doc__)
     parser.add_argument("--quick", action="store_true", help="few and small cases")
     parser.add_argument("--repeats", type=int, default=0, help="default: 2 with --quick, else 5")
     parser.add_argument(

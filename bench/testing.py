@@ -3,6 +3,8 @@
 `FakeServer` answers on a real socket in the caller's event loop: it is a few slots that serve calls
 first come, first served, at a fixed time per token. Outputs depend on the prompt only, as
 greedy ones do. It notes every call with its headers, and can be told to fail.
+
+`UNIT_DEVICE` is a device for the simulator whose times a person can add up.
 """
 
 from __future__ import annotations
@@ -18,7 +20,23 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
+from bench.sim_device import Device
+
 T = TypeVar("T")
+
+# A decode step of any batch takes 1 s, a prefill batch 1 s per new token; copying 1/4 s per token.
+UNIT_DEVICE = Device(
+    name="unit",
+    decode_s=1.0,
+    decode_call_s=0.0,
+    decode_kv_s=0.0,
+    prefill_min_s=0.0,
+    prefill_token_s=1.0,
+    prefill_pair_s=0.0,
+    overhead_s=0.0,
+    copy_token_s=0.25,
+    kv_tokens=1000,
+)
 
 
 @dataclass(slots=True)

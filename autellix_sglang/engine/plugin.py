@@ -83,13 +83,17 @@ def config_from_environ(environ: Mapping[str, str]) -> ProgramConfig:
     return ProgramConfig(**values)
 
 
-def with_host_memory(config: ProgramConfig) -> ProgramConfig:
-    """The settings with the host pool's size, decided here so that all ranks have the same."""
+def with_host_memory(config: ProgramConfig, num_replicas: int = 1) -> ProgramConfig:
+    """The settings with the host pool's size, decided here so that all ranks have the same.
+
+    It is one engine's, where `num_replicas` of them share this machine.
+    """
     if config.host_memory >= 0:
         return config
     import psutil
 
-    return config.replace(host_memory=default_host_gib(psutil.virtual_memory().available))
+    share = default_host_gib(psutil.virtual_memory().available, num_replicas)
+    return config.replace(host_memory=share)
 
 
 def _is_short(key: str) -> bool:

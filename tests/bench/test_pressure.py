@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bench.pressure import COUNTED, MODES, Result, summarize
-from bench.server import LEAKS
+from bench.pressure import MODES, Result, summarize
+from bench.server import COUNTED, LEAKS
 
 
 def _result(kv: str, seconds: float, recomputed: int, answer: str = "a", leaked: int = 0) -> Result:

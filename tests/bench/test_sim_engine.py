@@ -5,24 +5,11 @@ import dataclasses
 import pytest
 
 from autellix_sglang.config import ProgramConfig
-from bench.sim_device import Device
 from bench.sim_engine import BASELINES, Kv, Scheduling, SimEngine, blueprint
 from bench.synthetic import corpora
+from bench.testing import UNIT_DEVICE as UNIT
 from bench.trace import TraceCall, TraceProgram, sample
 
-# A decode step of any batch takes 1 s, a prefill batch 1 s per new token; copying 1/4 s per token.
-UNIT = Device(
-    name="unit",
-    decode_s=1.0,
-    decode_call_s=0.0,
-    decode_kv_s=0.0,
-    prefill_min_s=0.0,
-    prefill_token_s=1.0,
-    prefill_pair_s=0.0,
-    overhead_s=0.0,
-    copy_token_s=0.25,
-    kv_tokens=1000,
-)
 POLICIES = ("fcfs", "mlfq", "plas", "atlas", "gittins")
 KNOWN = [*POLICIES, *BASELINES]
 

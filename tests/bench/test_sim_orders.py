@@ -1,26 +1,16 @@
 """Orders of other schedulers, each on a queue where it differs from first come, first served."""
 
+from dataclasses import replace
+
 import pytest
 
 from autellix_sglang.config import ProgramConfig
-from bench.sim_device import Device
 from bench.sim_engine import Scheduling, SimEngine, blueprint
 from bench.sim_orders import MAX_MATCHED, decayed
+from bench.testing import UNIT_DEVICE
 from bench.trace import TraceCall, TraceProgram
 
-# A decode step takes 1 s, a prefill batch 1 s per new token.
-UNIT = Device(
-    name="unit",
-    decode_s=1.0,
-    decode_call_s=0.0,
-    decode_kv_s=0.0,
-    prefill_min_s=0.0,
-    prefill_token_s=1.0,
-    prefill_pair_s=0.0,
-    overhead_s=0.0,
-    copy_token_s=0.0,
-    kv_tokens=100_000,
-)
+UNIT = replace(UNIT_DEVICE, copy_token_s=0.0, kv_tokens=100_000)
 
 
 def program(name, *calls, shared=0, group="g"):
