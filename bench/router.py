@@ -208,6 +208,7 @@ def bars(
         rows.append(_bar("added time to first byte, p99 ms", router["ttft_p99_ms"], 10.0))
         rows.append(_bar("short calls per second", router["calls_per_s"], 3_000, True))
         rows.append(_bar("streamed frames per second", router["frames_per_s"], 30_000, True))
+        rows.append(_bar("median read beside slow readers", router["slow_readers_ratio"], 1.05))
     return rows
 
 

@@ -38,7 +38,8 @@ CALLERS = 64
 PACED: Final[dict[str, Any]] = {"n": 200, "every_s": 0.001}
 SLOW_READERS = 100
 FAST_READERS = 100
-SLOW_ROUNDS = 3
+SLOW_ROUNDS = 5
+IDLE_TIMEOUT_S = 20.0
 PEER_POLICY = "cache_aware"
 DIRECT: Final = "direct"
 
@@ -253,7 +254,7 @@ async def _slow_readers(session: aiohttp.ClientSession, server: Server, seconds:
     for _ in range(SLOW_ROUNDS):
         alone += await _read_times(session, seconds / 2)
         slow = [asyncio.create_task(_read_slowly(server)) for _ in range(SLOW_READERS)]
-        await asyncio.sleep(1.0)  # until they are held back
+        await _until_idle(server)  # they are held back
         beside += await _read_times(session, seconds / 2)
         held = max(held, _memory_bytes(server))
         for reader in slow:
@@ -263,6 +264,16 @@ async def _slow_readers(session: aiohttp.ClientSession, server: Server, seconds:
         "slow_readers_ratio": percentile(beside, 0.5) / percentile(alone, 0.5),
         "slow_reader_kib": max(0, held - before) / SLOW_READERS / 1024,
     }
+
+
+async def _until_idle(server: Server) -> None:
+    """Wait until the server has nothing to do, at most `IDLE_TIMEOUT_S`."""
+    end_s = time.perf_counter() + IDLE_TIMEOUT_S
+    while time.perf_counter() < end_s:
+        before_s = _cpu_s(server)
+        await asyncio.sleep(0.5)
+        if _cpu_s(server) - before_s < 0.02:
+            return
 
 
 async def _read_times(session: aiohttp.ClientSession, seconds: float) -> list[float]:

@@ -8,18 +8,25 @@ from __future__ import annotations
 import argparse
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from autellix_sglang.errors import AutellixError
-from autellix_sglang.router.config import add_arguments, check_endpoint, from_arguments
+from autellix_sglang.errors import AutellixError, ConfigError
+from autellix_sglang.router.config import (
+    RouterConfig,
+    add_arguments,
+    check_endpoint,
+    from_arguments,
+)
 
 if TYPE_CHECKING:
     from autellix_sglang.router.app import Service
     from autellix_sglang.router.hub import Hub
 
 LOG_FORMAT = "[%(asctime)s] %(message)s"  # SGLang's
+KEEP_ALIVE_S = 75  # longer than clients keep idle connections: they never send into a closed one
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,21 +56,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def listen(config: RouterConfig) -> socket.socket:
+    """The socket that clients connect to; raises `ConfigError` where it cannot be had.
+
+    Linux would let an answer that nobody reads fill megabytes of kernel memory. What a stream
+    holds there is bounded like what it holds elsewhere; accepted connections inherit it.
+    """
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        made = socket.create_server((config.host, config.port), family=family)
+    except OSError as error:
+        raise ConfigError("--port", f"{config.host}:{config.port}: {error.strerror}") from error
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, config.credit_bytes)
+    return made
+
+
 def serve(hub: Hub, fleet: Service | None = None) -> int:
-    """Run the router until a signal stops it; calls that run get `stop_s` seconds to end."""
+    """Run the router until a signal stops it; calls that run get `stop_s` seconds to end.
+
+    Raises `ConfigError` if the port is taken.
+    """
     import uvicorn
 
     from autellix_sglang.router.app import RouterApp
 
     config = hub.config
+    listener = listen(config)
     server = uvicorn.Server(
         uvicorn.Config(
             RouterApp(hub, fleet),
-            host=config.host,
-            port=config.port,
             access_log=False,
             log_level="warning",
             lifespan="on",
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=max(1, round(config.stop_s)),
         )
     )
@@ -74,7 +99,7 @@ def serve(hub: Hub, fleet: Service | None = None) -> int:
     # uvicorn stops in good order and then raises the signal again, for whoever listens: nobody.
     signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        server.run()
+        server.run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn has stopped by then
         return 128 + signal.SIGINT
     return 0 if server.started else 2

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from autellix_sglang.engine.worker import WorkerAgent
+from autellix_sglang.router.__main__ import listen
 from autellix_sglang.router.app import RouterApp
 from autellix_sglang.router.config import RouterConfig, WorkerConfig
 from autellix_sglang.router.hub import Hub
@@ -131,15 +132,16 @@ class Rig:
         self.hub = Hub(config)
         server = uvicorn.Server(
             uvicorn.Config(
-                RouterApp(self.hub), host="127.0.0.1", port=config.port, log_level="critical",
-                lifespan="on", timeout_graceful_shutdown=1,
+                RouterApp(self.hub), log_level="critical", lifespan="on",
+                timeout_graceful_shutdown=1,
             )
         )  # fmt: skip
-        serving = asyncio.create_task(server.serve())
+        listener = listen(config)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:
             assert not serving.done(), "the router did not start"
             await asyncio.sleep(0.005)
-        self.port = server.servers[0].sockets[0].getsockname()[1]
+        self.port = listener.getsockname()[1]
 
         async def stop() -> None:
             server.should_exit = True
