@@ -229,6 +229,7 @@ def response_headers(context: RequestContext) -> list[tuple[bytes, bytes]]:
         values["x-call-id"] = tag.call_id
     if outcomes:  # several for n > 1 and for batches
         values |= {
+            "x-program-id": outcomes[0].get("program_id", program_id),  # it may have joined one
             "x-program-queue-steps": max(_numbers(outcomes, "queue_steps")),
             "x-program-service-steps": round(sum(_numbers(outcomes, "service_steps")), 3),
             "x-program-level": max(_numbers(outcomes, "level")),

@@ -286,9 +286,11 @@ def _continue(engine: Engine, input_ids: list[int], **headers: str) -> tuple[str
     params = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     body = {"input_ids": input_ids, "sampling_params": params}
-    status, _, reply = engine.request("/generate", body, names)
+    status, told, reply = engine.request("/generate", body, names)
     assert status == 200, reply
-    return reply["meta_info"]["program"]["program_id"], input_ids + reply["output_ids"]
+    program_id = reply["meta_info"]["program"]["program_id"]
+    assert told["x-program-id"] == program_id
+    return program_id, input_ids + reply["output_ids"]
 
 
 def test_a_call_without_id_joins_the_program_it_continues(inferring: Engine) -> None:
