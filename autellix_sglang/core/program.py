@@ -498,6 +498,16 @@ class ProgramTable:
             program.stall_steps += self.clock - program.stalled_since
             program.stalled_since = program.promote_at = None
 
+    def stall_ratio(self, program: Program) -> float:
+        """What a stalled program has waited over its service, one quantum at least; else 0.
+
+        It is promoted at `beta`.
+        """
+        if program.stalled_since is None:
+            return 0.0
+        stall = program.stall_steps + self.clock - program.stalled_since
+        return stall / max(program.service, self.levels.quantum)
+
     def _watch(self, program: Program) -> None:
         """File the clock at which a stalled program's waiting reaches beta x its service."""
         if self.beta and program.stalled_since is not None:

@@ -28,6 +28,7 @@ from autellix_sglang.core.planner import Planner
 from autellix_sglang.core.policy import POLICIES, Levels
 from autellix_sglang.core.program import Call, Phase, ProgramTable
 from autellix_sglang.engine import control
+from autellix_sglang.engine.metrics import ProgramMetrics
 from autellix_sglang.engine.swap import SwapManager, SwapPrefillAdder
 from autellix_sglang.engine.tracking import (
     attach,
@@ -65,6 +66,12 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         self._num_checked_events = -1
         retraction_order.install()
         retraction_swap.install(self.swaps)
+
+    def init_metrics_reporter(self) -> None:
+        super().init_metrics_reporter()
+        context = self.metrics_collector_context
+        is_wanted = context.current_scheduler_metrics_enabled
+        self.program_metrics = ProgramMetrics(context.collector.labels) if is_wanted else None
 
     def configure(self, config: ProgramConfig) -> None:
         """Take over settings, at start or while serving; live calls are placed anew."""
@@ -145,6 +152,8 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
                 self._close(req)
         decodes = batch.forward_mode.is_decode() or bool(batch.decoding_reqs)
         table.advance(prefill_steps + (1.0 if decodes else 0.0))
+        if self.program_metrics is not None:
+            self.program_metrics.update(self)
 
     def _charge_prefill(self, batch: Any) -> float:
         """Charge the prefilled tokens of a batch; returns their steps on the virtual clock."""
@@ -234,6 +243,8 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
 
     def on_idle(self) -> None:
         super().on_idle()
+        if self.program_metrics is not None:
+            self.program_metrics.update(self)
         table = self.program_table
         if self._num_checked_events != table.num_events and self.is_fully_idle():
             self._num_checked_events = table.num_events

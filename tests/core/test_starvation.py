@@ -62,6 +62,20 @@ def test_little_service_counts_as_a_quantum() -> None:
     assert call.is_promoted
 
 
+@pytest.mark.parametrize(("service", "wait"), [(100, 200), (4, 20)])
+def test_stall_ratio_is_beta_when_the_promotion_comes(service: float, wait: float) -> None:
+    """What operators see rises to beta while nothing of the program runs, and is 0 when it does."""
+    table = table_of()
+    call = stalled(table, service)
+    assert table.stall_ratio(call.program) == 0
+    table.advance(wait / 2)
+    assert table.stall_ratio(call.program) == BETA / 2
+    table.advance(wait / 2)
+    assert table.stall_ratio(call.program) == BETA
+    table.start(call)
+    assert table.stall_ratio(call.program) == 0
+
+
 @pytest.mark.parametrize(("service", "quantum"), [(10, 10), (25, 20), (100, 40)])
 def test_runs_a_quantum_of_its_own_level(service: float, quantum: float) -> None:
     """A promoted call keeps level 0 for what its level allots, across preemptions."""

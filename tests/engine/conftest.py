@@ -20,7 +20,7 @@ FLAGS = [
     "--max-running-requests", "4", "--max-total-tokens", "3000", "--program-quantum", "8",
     "--program-min-run", "2", "--program-schedule-interval", "1", "--program-beta", "4",
     "--program-ttl", str(TTL_S),
-    "--program-prefill-weight", "0.02", "--context-length", "2048",
+    "--program-prefill-weight", "0.02", "--context-length", "2048", "--enable-metrics",
 ]  # fmt: skip
 EMPTY = ("programs", "live_calls", "waiting_calls", "running_calls")
 

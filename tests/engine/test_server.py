@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from autellix_sglang.engine.metrics import (
+    COUNTERS,
+    GAUGES,
+    INTERVAL_S,
+    MAX_STALL,
+    PREFIX,
+    WAITING,
+)
 from tests.engine.conftest import Engine
 
 pytestmark = pytest.mark.engine
@@ -224,6 +235,41 @@ def test_server_info_shows_the_scheduler(engine: Engine) -> None:
     """SGLang's own introspection carries our counters."""
     info = engine.request("/server_info")[2]
     assert info["internal_states"][0]["program_scheduler"]["policy"] == "plas"
+
+
+def _series(engine: Engine) -> dict[str, float]:
+    """Our samples at /metrics: value by name, and by name and level."""
+    text = engine.request("/metrics")[2]
+    samples = (s for f in text_string_to_metric_families(text) for s in f.samples)
+    return {
+        f"{s.name} {s.labels['level']}" if "level" in s.labels else s.name: s.value
+        for s in samples
+        if s.name.startswith(PREFIX)
+    }
+
+
+def test_prometheus_has_the_counters(engine: Engine) -> None:
+    """Every series is there; counters count on, and none grows with the number of programs."""
+    before = _series(engine)
+    assert {name for name in before if name.endswith("_total")} == {
+        f"{PREFIX}{name}_total" for name in COUNTERS
+    }
+    assert before.keys() >= {f"{PREFIX}{name}" for name in (*GAUGES, MAX_STALL)}
+    assert f"{PREFIX}{WAITING} {engine.stats()['levels'] - 1}" in before
+    for i in range(5):
+        engine.generate(x_program_id=f"metric-{i}")
+    time.sleep(2 * INTERVAL_S)
+    engine.generate()
+    after = _series(engine)
+    assert after.keys() == before.keys()
+    assert after[f"{PREFIX}calls_total"] >= before[f"{PREFIX}calls_total"] + 5
+
+
+def test_every_series_is_in_the_docs() -> None:
+    """docs/metrics.md names what is exported."""
+    text = Path("docs/metrics.md").read_text()
+    for name in (*COUNTERS, *GAUGES, WAITING, MAX_STALL):
+        assert f"`{name}" in text, name
 
 
 def test_an_abort_reaches_waiting_preempted_and_running_calls(engine: Engine) -> None:
