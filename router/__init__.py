@@ -4,6 +4,7 @@
     messages.py  what router and workers say to each other
     channel.py   one ZMQ socket on an event loop: batches, sessions, keys
     hub.py       the router's side: workers, calls in flight, retries, credits
+    metrics.py   its own Prometheus page
     app.py       the HTTP front door, an ASGI app
     config.py    settings, each default written once
 

@@ -2,6 +2,7 @@
 
     GET  /health                  200 while some worker takes calls, else 503
     GET  /workers                 each worker's state, load, programs and cache use
+    GET  /router_metrics          the same for Prometheus
     POST /workers/{id}/drain      finish what runs there and send no more
     POST /workers/{id}/undrain    take that back
     any other path                the replica's own endpoint, on the worker that placement chooses
@@ -33,6 +34,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from autellix_sglang.errors import IdentityError
 from autellix_sglang.identity import PROGRAM_HEADER, TENANT_HEADER, HeaderIdentity
+from autellix_sglang.router import metrics
 from autellix_sglang.router.balance import BEGINNING_BYTES
 from autellix_sglang.router.everywhere import EVERYWHERE, JSON, Merge, Reply, best
 from autellix_sglang.router.hub import Answer, Hub, NoWorkerError, Request, RouterError
@@ -46,6 +48,7 @@ TOKENS_HEADER: Final = b"x-prompt-tokens"
 TIMEOUT_HEADER: Final = b"x-request-timeout-s"
 RETRY_AFTER_S: Final = b"1"
 PROGRAMS_PATH: Final = "/v1/programs"
+OWN_PATHS: Final = frozenset({"/health", "/workers", "/router_metrics"})
 INFERENCE_PATHS: Final = frozenset(
     {"/generate", "/invocations", "/vertex_generate", "/api/chat", "/api/generate"}
 )
@@ -120,7 +123,7 @@ class RouterApp:
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
         try:
-            if path == "/health" or path == "/workers" or path.startswith("/workers/"):
+            if path in OWN_PATHS or path.startswith("/workers/"):
                 await self._answer_itself(scope, send)
             else:
                 await self._forward(scope, receive, send)
@@ -139,6 +142,10 @@ class RouterApp:
                 await _send_json(send, status, {"ready_workers": num_ready})
             case "GET" | "HEAD", ["workers"]:
                 await _send_json(send, HTTPStatus.OK, self._overview())
+            case "GET" | "HEAD", ["router_metrics"]:
+                headers = [(b"content-type", metrics.CONTENT_TYPE)]
+                text = metrics.exposition(self._overview())
+                await _send_reply(send, Reply("", HTTPStatus.OK, headers, text))
             case "POST", ["workers", _, "drain" | "undrain"] if not self._is_admin(scope):
                 await _send_error(send, "", HTTPStatus.FORBIDDEN, "this needs the admin key")
             case "POST", ["workers", name, "drain" | "undrain" as verb]:

@@ -6,6 +6,7 @@ import argparse
 import json
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 pytest.importorskip("zmq")
 
@@ -21,6 +22,7 @@ from autellix_sglang.router.config import (
 )
 from autellix_sglang.router.everywhere import Reply
 from autellix_sglang.router.hub import Hub
+from autellix_sglang.router.metrics import OF_ROUTER, OF_WORKER, PREFIX, exposition
 
 # -- own routes ----------------------------------------------------------------------------------
 
@@ -38,6 +40,43 @@ async def test_overview_shows_every_worker(rig):
     assert all(w["state"] == "ready" and w["slots"] == 4 for w in overview["workers"])
     health = await client.get("/health")
     assert (health.status_code, health.json()) == (200, {"ready_workers": 2})
+
+
+async def test_router_metrics_are_the_overview_and_need_no_worker(rig):
+    """Prometheus reads the router when no replica is there, and each of them when they are."""
+    client = await rig.route()
+    assert (await client.get("/metrics")).status_code == 503
+    alone = (await client.get("/router_metrics")).text
+    assert _samples(alone)[f"{PREFIX}open_calls", ""] == 0
+    await rig.join("a", "b")
+    for i in range(3):
+        await client.post("/generate", json={}, headers={"x-program-id": f"p{i}"})
+    samples = _samples((await client.get("/router_metrics")).text)
+    overview = (await client.get("/workers")).json()
+    for key in OF_ROUTER:
+        suffix = "_total" if OF_ROUTER[key][0] == "counter" else ""
+        assert samples[f"{PREFIX}{key}{suffix}", ""] == overview[key]
+    for worker in overview["workers"]:
+        name = worker["id"]
+        assert samples[f"{PREFIX}worker_ready", name] == 1
+        assert samples[f"{PREFIX}worker_ended_calls_total", name] == worker["ended_calls"]
+        assert samples[f"{PREFIX}worker_programs", name] == worker["programs"]
+
+
+def _samples(text: str) -> dict[tuple[str, str], float]:
+    """Value by name and worker, as Prometheus reads them."""
+    return {
+        (sample.name, sample.labels.get("worker", "")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_labels_are_escaped():
+    """A worker's name may hold anything."""
+    worker = dict.fromkeys(OF_WORKER, 0) | {"id": 'a "b"\\c', "state": "draining"}
+    text = exposition(dict.fromkeys(OF_ROUTER, 0) | {"workers": [worker]}).decode()
+    assert _samples(text)[f"{PREFIX}worker_ready", 'a "b"\\c'] == 0
 
 
 @pytest.mark.parametrize("path", ["/workers/nobody/drain", "/workers/a/explode", "/workers/a"])
