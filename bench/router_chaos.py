@@ -27,6 +27,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,7 @@ CALLS_PER_PROGRAM: Final = 3
 NUM_TOKENS: Final = 12
 HEARTBEAT_S: Final = 0.1
 TIMEOUT_S: Final = 1.0  # of silence, after which the router gives a replica up
+READY_S: Final = 900.0  # for all replicas to take calls, engines on a busy machine included
 GROWTH: Final = 1.1  # of the router's memory: what it remembers of more programs
 FAR_DEVICE: Final = "far0"
 ENGINE_FLAGS: Final = (
@@ -204,7 +206,7 @@ class World:
     async def start(self) -> None:
         for child in (self.router, *self.replicas):
             child.start()
-        await self.until(lambda seen: _num_ready(seen) == len(self.replicas), 300)
+        await self.until(lambda seen: _num_ready(seen) == len(self.replicas), READY_S)
 
     async def stop(self) -> None:
         for child in (*self.replicas, self.router):
@@ -393,7 +395,7 @@ async def chaos(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
         found = await task
         seconds = time.perf_counter() - started_s
         say("at rest")
-        await world.until(lambda seen: _num_ready(seen) == len(world.replicas), 300)
+        await world.until(lambda seen: _num_ready(seen) == len(world.replicas), READY_S)
         sizes += [await router_size(world, options, again) for _ in range(3)]
         with suppress(TimeoutError):
             await world.until(lambda seen: _num_held(seen) == 0, 10)
@@ -444,7 +446,7 @@ async def disturb(
             await world.hurt(kind, rng)
             over_s = time.perf_counter()
             await asyncio.sleep(options.silence)  # by then the router knows who is gone
-            await world.until(lambda seen: _num_ready(seen) == len(world.replicas), 300)
+            await world.until(lambda seen: _num_ready(seen) == len(world.replicas), READY_S)
             took_s = time.perf_counter() - over_s
             troubles.counts[kind] += 1
             troubles.longest_s[kind] = max(took_s, troubles.longest_s.get(kind, 0.0))
@@ -481,8 +483,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     if options.quick:
         options.programs, options.pause = min(options.programs, 300), min(options.pause, 2.0)
-    with tempfile.TemporaryDirectory(prefix="autellix-chaos-") as directory:
-        result = asyncio.run(chaos(options, Path(directory)))
+    directory = Path(tempfile.mkdtemp(prefix="autellix-chaos-"))
+    say(f"logs, kept unless all goes well: {directory}")
+    result = asyncio.run(chaos(options, directory))
+    if result["ok"]:
+        shutil.rmtree(directory)
     for key, value in result.items():
         print(f"{key:16} {json.dumps(value)}")
     print_result(result | provenance(started))
