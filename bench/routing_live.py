@@ -8,7 +8,8 @@ in full batches all the time with all that programs share with their own history
 
 Times are those of the model over `SPEED`; late clients (`client_late_s`) and lost calls would show
 that the machine was too slow for it. This is the check of the models of sglang-router's policies
-in `bench/sim_fleet.py`.
+in `bench/sim_fleet.py`. Its `cache_aware` balances from a difference of 64 calls on by default,
+which replicas of 8 slots never see; it is told 8.
 """
 
 from __future__ import annotations
@@ -157,6 +158,7 @@ def _start_peer(
     port = free_port()
     flags = [
         "--host", "127.0.0.1", "--port", str(port), "--policy", door.policy,
+        "--balance-abs-threshold", str(TIMING.num_slots),
         "--log-level", "error", "--prometheus-port", str(free_port()),
         "--worker-urls", *(replica.base_url for replica in replicas),
     ]  # fmt: skip
