@@ -2,6 +2,7 @@
 
     python -m bench.router --quick
     python -m bench.router --trace bfcl.jsonl.gz --trace sharegpt.jsonl.gz --replicas 4 16
+    python -m bench.router --only placement --policies autellix --replicas 1000 --minutes 0.05
     python -m bench.router --only overhead --peer-python peer/bin/python
     python -m bench.router --only live --trace bfcl.jsonl.gz --peer-python peer/bin/python
 
@@ -47,6 +48,8 @@ from bench.sim_fleet import POLICY_NAMES, SimFleet
 from bench.stats import ratio, summarize
 from bench.synthetic import corpora
 
+PARTS: Final = ("placement", "scaling", "overhead")
+LIVE: Final = "live"  # only if asked for
 KINDS: Final = ("react", "chat", "tree")  # built in, where no trace is given
 QUICK_KINDS: Final = ("react", "chat")
 OURS: Final = "autellix"
@@ -147,6 +150,7 @@ def placement_tasks(options: argparse.Namespace, workloads: Sequence[str]) -> li
         for i, num_replicas in enumerate(options.replicas)
         for load in options.loads
         for policy in (MORE_POLICIES if i else POLICY_NAMES)
+        if policy in (OURS, *options.policies)
     ]
 
 
@@ -326,7 +330,10 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=5.0, help="per overhead measurement (%(default)s)")
     add("--peer-python", help="a Python with sglang-router, if it is not this one")
     add("--repeats", type=int, default=2, help="of each live run (%(default)s)")
-    add("--only", choices=["placement", "overhead", "live"], help="one of the parts")
+    add("--policies", nargs="+", choices=POLICY_NAMES, default=POLICY_NAMES,
+        help=f"of placement, besides {OURS} (default: all)")  # fmt: skip
+    add("--only", nargs="+", choices=[*PARTS, LIVE], default=PARTS,
+        help=f"the parts to run (default: all but {LIVE})")  # fmt: skip
     return made
 
 
@@ -340,20 +347,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     rates: dict[int, float | None] = {}
     live: list[dict[str, Any]] = []
     overhead = None
-    if options.only in (None, "placement"):
+    tasks = placement_tasks(options, workloads) if "placement" in options.only else []
+    scaling = scaling_tasks(options, workloads[0]) if "scaling" in options.only else []
+    if tasks or scaling:
         say(f"placement: {options.minutes:g} minutes of arrivals on simulated {options.device}")
-        tasks = placement_tasks(options, workloads)
-        found = run_all([*tasks, *scaling_tasks(options, workloads[0])])
-        results, scaling = found[: len(tasks)], found[len(tasks) :]
+        found = run_all([*tasks, *scaling])
+        results = found[: len(tasks)]
         compare(results)
-        rates = sustained(scaling)
+        rates = sustained(found[len(tasks) :]) if scaling else {}
+    if results:
         print(format_table(PLACEMENT_COLUMNS, placement_rows(results)), end="\n\n")
+    if rates:
         rows = [[size, rate, ratio(rate, rates[1])] for size, rate in rates.items()]
         print(format_table(["replicas", "programs/s sustained", "over one"], rows), end="\n\n")
-    if options.only in (None, "overhead"):
+    if "overhead" in options.only:
         overhead = Overhead.measure(options.seconds, options.peer_python)
         print(format_table(overhead.columns, overhead.rows), end="\n\n")
-    if options.only == "live":
+    if LIVE in options.only:
         live = measure_live(options, workloads[0])
         print(format_table(LIVE_COLUMNS, live_rows(live)), end="\n\n")
     checked = bars(results, rates, overhead, live)

@@ -108,8 +108,9 @@ class Child:
 class Link:
     """A network namespace at the far end of a link that can be cut; `near` and `far` are its ends.
 
-    The namespace lives as long as the process that holds it, which dies with us, and the link as
-    long as the namespace: whatever happens to this process, nothing stays behind.
+    The namespace lives as long as processes are in it, and the link as long as the namespace.
+    All of them die with us, so nothing stays behind; only what an engine was just starting
+    outlives a `kill -9` of this process.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -43,7 +43,7 @@ def test_engine_evicts_the_oldest_prefix():
 
 def test_placement_ends_in_tables_and_one_line_of_json(capsys):
     """The last line is the contract's JSON object, with a row per workload, size and policy."""
-    asked = ["--quick", "--minutes", "0.1", "--replicas", "2", "--only", "placement"]
+    asked = ["--quick", "--minutes", "0.1", "--replicas", "2", "--only", "placement", "scaling"]
     assert router.main(asked) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(result["results"]) == len(router.QUICK_KINDS) * len(POLICY_NAMES)
