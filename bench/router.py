@@ -2,19 +2,23 @@
 
     python -m bench.router --quick
     python -m bench.router --trace bfcl.jsonl.gz --trace sharegpt.jsonl.gz --replicas 4 16
+    python -m bench.router --only placement --policies autellix --replicas 1000 --minutes 0.05
     python -m bench.router --only overhead --peer-python peer/bin/python
+    python -m bench.router --only live --trace bfcl.jsonl.gz --peer-python peer/bin/python
 
 *Placement*: programs arrive in a Poisson process at simulated engines (`bench/sim_fleet.py`), once
 per policy; the same arrivals, so only placement differs. *Scaling*: the rate that 1, 2, 4 and 8
 replicas sustain under `autellix`, which is where the mean program token latency has doubled from
 that of one replica at the lowest load. *Overhead*: real processes and sockets, a replica that
 answers at once, and calls through nothing, through our router, and through the published
-sglang-router where it is installed (`bench/routing_overhead.py`).
+sglang-router where it is installed (`bench/routing_overhead.py`). *Live*, only if asked for: the
+first workload through both routers before replicas that sleep (`bench/routing_live.py`).
 
-Load 1 is the rate that would keep every replica in full batches all the time with all that
-programs share with their own history cached, as in `bench.sim`. That is more than any placement
-reaches, so there are queues at 1 and, for placements that lose the cache, well below it.
-The last line of stdout is one JSON object.
+Programs arrive for `--minutes`, or five times what a program spends in recorded gaps if that is
+longer: before that there is no steady state. Load 1 is the rate that would keep every replica in
+full batches all the time with all that programs share with their own history cached, as in
+`bench.sim`. That is more than any placement reaches, so there are queues at 1 and, for placements
+that lose the cache, well below it. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from typing import Any, Final
 
 from autellix_sglang.config import ProgramConfig
 from autellix_sglang.core.policy import POLICIES as ENGINE_POLICIES
-from bench import trace
+from bench import routing_live, trace
 from bench.common import Progress, format_table, new_parser, print_result, provenance, say
 from bench.replay import poisson_arrivals
 from bench.routing_overhead import Overhead
@@ -44,12 +48,16 @@ from bench.sim_fleet import POLICY_NAMES, SimFleet
 from bench.stats import ratio, summarize
 from bench.synthetic import corpora
 
+PARTS: Final = ("placement", "scaling", "overhead")
+LIVE: Final = "live"  # only if asked for
 KINDS: Final = ("react", "chat", "tree")  # built in, where no trace is given
 QUICK_KINDS: Final = ("react", "chat")
 OURS: Final = "autellix"
 MORE_POLICIES: Final = (OURS, "least-used", "round-robin")  # on more than the first fleet
 SCALING_LOADS: Final = (0.5, 0.8, 0.95, 1.1, 1.25)
 SCALING_REPLICAS: Final = (1, 2, 4, 8)
+SETTLING: Final = 5  # arrivals last at least so many times the mean gaps of a program
+LIVE_MINUTES: Final = 1.0  # at most, of arrivals
 # What issue 4 asks for: mean program token latency of `autellix` over that of another policy.
 BARS: Final = {"round-robin": 0.72, "least-used": 0.72, "sticky": 1.0, "cache-aware": 1.0}
 
@@ -64,7 +72,7 @@ class Task:
     policy: str = OURS
     engine_policy: str = ProgramConfig().policy
     device: str = "a100-8b"
-    minutes: float = 3.0
+    minutes: float = 10.0
     seed: int = 1
 
     @property
@@ -77,11 +85,23 @@ class Task:
         return Setup(device=PRESETS[self.device], config=config, seed=self.seed)
 
 
+def programs_of(
+    workload: str, count: int, seed: int, max_tokens: int
+) -> tuple[trace.TraceProgram, ...]:
+    """So many programs of a built-in kind or a trace file, each call within `max_tokens`."""
+    sources = [trace.load(workload)] if "." in workload else corpora(workload, count, seed)
+    return trace.sample(sources, count, seed, max_prompt_tokens=max_tokens).programs
+
+
 @lru_cache(maxsize=4)
 def _plans(workload: str, count: int, seed: int, max_tokens: int) -> tuple[Blueprint, ...]:
-    sources = [trace.load(workload)] if "." in workload else corpora(workload, count, seed)
-    mix = trace.sample(sources, count, seed, max_prompt_tokens=max_tokens)
-    return tuple(blueprint(program) for program in mix.programs)
+    return tuple(map(blueprint, programs_of(workload, count, seed, max_tokens)))
+
+
+def _settled_s(minutes: float, plans: Sequence[Blueprint]) -> float:
+    """For how long programs arrive."""
+    gaps_s = sum(max(0.0, call.gap_s or 0.0) for plan in plans for call in plan.trace.calls)
+    return max(60 * minutes, SETTLING * gaps_s / len(plans))
 
 
 def run(task: Task) -> dict[str, Any]:
@@ -90,7 +110,7 @@ def run(task: Task) -> dict[str, Any]:
     max_tokens = setup.device.kv_tokens // 4
     few = _plans(task.workload, 3 * FEW_PROGRAMS, task.seed, max_tokens)
     rate = task.load * task.num_replicas * capacity(setup, few)
-    count = math.ceil(60 * task.minutes * rate)
+    count = math.ceil(_settled_s(task.minutes, few) * rate)
     plans = _plans(task.workload, count, task.seed, max_tokens)
     fleet = SimFleet(
         task.policy,
@@ -130,6 +150,7 @@ def placement_tasks(options: argparse.Namespace, workloads: Sequence[str]) -> li
         for i, num_replicas in enumerate(options.replicas)
         for load in options.loads
         for policy in (MORE_POLICIES if i else POLICY_NAMES)
+        if policy in (OURS, *options.policies)
     ]
 
 
@@ -186,10 +207,18 @@ def _mean(row: dict[str, Any]) -> float:
 
 
 def bars(
-    results: Sequence[dict[str, Any]], rates: dict[int, float | None], overhead: Overhead | None
+    results: Sequence[dict[str, Any]],
+    rates: dict[int, float | None],
+    overhead: Overhead | None,
+    live: Sequence[dict[str, Any]],
 ) -> list[list[object]]:
     """Rows of (what, measured, wanted, whether it is reached)."""
     rows: list[list[object]] = []
+    for row in live:
+        wanted = BARS.get(row["policy"].replace("_", "-"))
+        if wanted is not None:
+            what = f"live, load {row['load']:g}: autellix / {row['router']} {row['policy']}"
+            rows.append(_bar(what, row["autellix_over_this"], wanted))
     first = results[0]["replicas"] if results else 0
     for row in results:
         wanted = BARS.get(row["policy"])
@@ -232,6 +261,43 @@ def _bar(what: str, value: float, wanted: float, is_floor: bool = False) -> list
     return [what, value, f"{sign} {wanted:g}", "met" if is_met else "missed"]
 
 
+def measure_live(options: argparse.Namespace, workload: str) -> list[dict[str, Any]]:
+    """The workload through every door, at the first of the sizes and loads."""
+    num_replicas, load = options.replicas[0], options.loads[0]
+    max_tokens = routing_live.TIMING.kv_tokens // 4
+    few = programs_of(workload, 3 * FEW_PROGRAMS, options.seed, max_tokens)
+    rate = load * num_replicas * routing_live.SPEED * routing_live.capacity(few)
+    count = math.ceil(60 * min(options.minutes, LIVE_MINUTES) * rate)
+    programs = programs_of(workload, count, options.seed, max_tokens)
+    rows = routing_live.measure(
+        programs,
+        rate,
+        num_replicas=num_replicas,
+        repeats=options.repeats,
+        seed=options.seed,
+        peer_python=options.peer_python,
+    )
+    for row in rows:
+        row["workload"], row["load"] = Path(workload).name.partition(".")[0], load
+        row["autellix_over_this"] = ratio(_mean(rows[0]), _mean(row))
+    return rows
+
+
+LIVE_COLUMNS: Final = (
+    *("router", "policy", "ms/token mean", "p99", "hit rate", "lost", "autellix / this"),
+)
+
+
+def live_rows(live: Sequence[dict[str, Any]]) -> list[list[object]]:
+    return [
+        [
+            r["router"], r["policy"], _mean(r), r["program_token_latency_ms"]["p99"],
+            r["prefix_hit_rate"], r["lost"], r["autellix_over_this"],
+        ]
+        for r in live
+    ]  # fmt: skip
+
+
 PLACEMENT_COLUMNS: Final = (
     *("workload", "replicas", "load", "policy", "ms/token mean", "p99"),
     *("hit rate", "waiting", "balance", "autellix / this"),
@@ -252,18 +318,22 @@ def placement_rows(results: Sequence[dict[str, Any]]) -> list[list[object]]:
 def parser() -> argparse.ArgumentParser:
     made = new_parser("bench.router", __doc__)
     add = made.add_argument
-    add("--quick", action="store_true", help="a minute of arrivals, two workloads, short overhead")
+    add("--quick", action="store_true", help="3 minutes of arrivals, two workloads, short overhead")
     add("--trace", action="append", default=[], help="a trace file; may be repeated")
     add("--replicas", type=int, nargs="+", default=[4, 16], help="default: 4 16")
     add("--loads", type=float, nargs="+", default=[1.0], help="shares of capacity (default: 1)")
-    add("--minutes", type=float, default=5.0, help="of arrivals in a run (default: %(default)s)")
+    add("--minutes", type=float, default=10.0, help="of arrivals in a run (default: %(default)s)")
     add("--device", choices=PRESETS, default="a100-8b", help="default: %(default)s")
     add("--engine-policy", choices=ENGINE_POLICIES, default=ProgramConfig().policy,
         help="order of calls inside a replica (default: %(default)s)")  # fmt: skip
     add("--seed", type=int, default=1)
     add("--seconds", type=float, default=5.0, help="per overhead measurement (%(default)s)")
     add("--peer-python", help="a Python with sglang-router, if it is not this one")
-    add("--only", choices=["placement", "overhead"], help="one of the two parts")
+    add("--repeats", type=int, default=2, help="of each live run (%(default)s)")
+    add("--policies", nargs="+", choices=POLICY_NAMES, default=POLICY_NAMES,
+        help=f"of placement, besides {OURS} (default: all)")  # fmt: skip
+    add("--only", nargs="+", choices=[*PARTS, LIVE], default=PARTS,
+        help=f"the parts to run (default: all but {LIVE})")  # fmt: skip
     return made
 
 
@@ -271,25 +341,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     options = parser().parse_args(argv)
     if options.quick:
-        options.minutes, options.seconds = min(options.minutes, 1.0), 1.0
+        options.minutes, options.seconds = min(options.minutes, 3.0), 1.0
     workloads = options.trace or (QUICK_KINDS if options.quick else KINDS)
     results: list[dict[str, Any]] = []
     rates: dict[int, float | None] = {}
+    live: list[dict[str, Any]] = []
     overhead = None
-    if options.only != "overhead":
+    tasks = placement_tasks(options, workloads) if "placement" in options.only else []
+    scaling = scaling_tasks(options, workloads[0]) if "scaling" in options.only else []
+    if tasks or scaling:
         say(f"placement: {options.minutes:g} minutes of arrivals on simulated {options.device}")
-        tasks = placement_tasks(options, workloads)
-        found = run_all([*tasks, *scaling_tasks(options, workloads[0])])
-        results, scaling = found[: len(tasks)], found[len(tasks) :]
+        found = run_all([*tasks, *scaling])
+        results = found[: len(tasks)]
         compare(results)
-        rates = sustained(scaling)
+        rates = sustained(found[len(tasks) :]) if scaling else {}
+    if results:
         print(format_table(PLACEMENT_COLUMNS, placement_rows(results)), end="\n\n")
+    if rates:
         rows = [[size, rate, ratio(rate, rates[1])] for size, rate in rates.items()]
         print(format_table(["replicas", "programs/s sustained", "over one"], rows), end="\n\n")
-    if options.only != "placement":
+    if "overhead" in options.only:
         overhead = Overhead.measure(options.seconds, options.peer_python)
         print(format_table(overhead.columns, overhead.rows), end="\n\n")
-    checked = bars(results, rates, overhead)
+    if LIVE in options.only:
+        live = measure_live(options, workloads[0])
+        print(format_table(LIVE_COLUMNS, live_rows(live)), end="\n\n")
+    checked = bars(results, rates, overhead, live)
     print(format_table(["bar", "measured", "wanted", ""], checked))
     result = {
         "results": results,
@@ -297,6 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "overhead": overhead and overhead.over_direct("router"),
         "peer": overhead and overhead.over_direct("peer"),
         "paths": overhead and overhead.paths,
+        "live": live,
         "bars": checked,
     }
     print_result(result | provenance(started))

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +27,7 @@ import aiohttp
 import psutil
 
 from bench.common import say
+from bench.routing_live import peer_command
 from bench.server import Server, free_port
 from bench.stats import percentile, ratio
 
@@ -68,7 +67,7 @@ class Overhead:
             )  # fmt: skip
             router.wait_ready()
             servers = {DIRECT: replica, "router": router}
-            peer = _peer_command(peer_python)
+            peer = peer_command(peer_python)
             if peer is not None:
                 servers["peer"] = _start_peer(stack, directory, peer, replica)
             return cls({name: _measure_path(name, s, seconds) for name, s in servers.items()})
@@ -112,19 +111,6 @@ def _start(
     stack.callback(server.stop)
     server.start()
     return server
-
-
-def _peer_command(python: str | None) -> list[str] | None:
-    """How sglang-router is started, None where it is not installed."""
-    command = [python or sys.executable, "-m", "sglang_router.launch_router"]
-    if shutil.which(command[0]) and _is_installed(command[0]):
-        return command
-    say("sglang-router is not installed: no peer to compare with")
-    return None
-
-
-def _is_installed(python: str) -> bool:
-    return subprocess.run([python, "-c", "import sglang_router"], check=False).returncode == 0
 
 
 def _start_peer(

@@ -194,22 +194,26 @@ class _Replica(SimEngine):
         self._num_computed = 0
         self._num_leaping = 0  # decode steps under way
         self._wake = 0  # number of the only wake-up that counts
+        self._load: Worker | None = None  # None: it may have changed
 
     def load(self) -> Worker:
-        device = self.device
-        return Worker(
-            id=self.id,
-            num_live=self.table.num_live_calls + len(self._agenda),
-            num_slots=self._num_slots,
-            call_s=self._call_s or 1.0,
-            pending_tokens=sum(self._uncached.values()),
-            prefill_tokens_per_s=1 / device.prefill_token_s,
-            kv_tokens=device.kv_tokens,
-            computed_tokens=self._num_computed,
-        )
+        if self._load is None:
+            device = self.device
+            self._load = Worker(
+                id=self.id,
+                num_live=self.table.num_live_calls + len(self._agenda),
+                num_slots=self._num_slots,
+                call_s=self._call_s or 1.0,
+                pending_tokens=sum(self._uncached.values()),
+                prefill_tokens_per_s=1 / device.prefill_token_s,
+                kv_tokens=device.kv_tokens,
+                computed_tokens=self._num_computed,
+            )
+        return self._load
 
     def deliver(self, program: _Program, index: int, num_uncached: int, now_s: float) -> None:
         """A call arrives."""
+        self._load = None
         self._finish_leap(now_s)
         if program.number not in self._visits:
             visit = SimProgram(program.number, program.plan, now_s, 0.0, program.num_waits)
@@ -236,6 +240,7 @@ class _Replica(SimEngine):
         """End the leap under way, or take the next step; calls that follow come in between."""
         if number != self._wake:
             return
+        self._load = None
         if self._num_leaping:
             self._finish_leap(math.inf)
             self._wake_at(self.now_s)

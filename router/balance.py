@@ -91,8 +91,11 @@ class Program:
 
     def uncached_tokens(self, call: Call, worker: Worker) -> int:
         """Prompt tokens that this worker would have to compute; at least one."""
-        found = (self.places.get(worker.id), self.shared.get(worker.id))
-        cached = max((place.cached_tokens(worker) for place in found if place), default=0)
+        cached = 0
+        for places in (self.places, self.shared):
+            place = places.get(worker.id)
+            if place is not None:
+                cached = max(cached, place.cached_tokens(worker))
         return max(1, call.num_tokens - cached)
 
     def num_live(self, worker: str) -> int:
@@ -120,11 +123,10 @@ def autellix(call: Call, program: Program, workers: Sequence[Worker]) -> Choice:
     if call.program is not None and not is_known:
         chosen = new_home(call.program, workers)
         return _choose(call, program, workers, chosen, moves_home=True)
-    costs = {worker.id: cost_s(call, program, worker) for worker in workers}
-    best = min(
-        workers,
-        key=lambda w: (costs[w.id], w is not home, w.num_live, -_weight(_name(call), w.id)),
-    )
+    costs_s = [cost_s(call, program, worker) for worker in workers]
+    least_s = min(costs_s)
+    cheapest = [worker for worker, cost in zip(workers, costs_s, strict=True) if cost == least_s]
+    best = home if home in cheapest else _least_used(call, cheapest)
     return _choose(call, program, workers, best, moves_home=True)
 
 

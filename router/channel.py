@@ -180,13 +180,13 @@ class Channel:
             self._is_flush_planned = True
         self._receive()  # sending may have swallowed the news that something came in
 
-    def close(self) -> None:
+    def close(self, linger_ms: int = 500) -> None:
         """Send what can be sent now, and close the socket."""
         if not self._is_closed:
             self.flush()
             self._is_closed = True
             self._loop.remove_reader(self._socket.fileno())
-            self._socket.close(linger=500)
+            self._socket.close(linger=linger_ms)
 
     def _plan_flush(self) -> None:
         if not self._is_flush_planned:

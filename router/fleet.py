@@ -65,7 +65,7 @@ class Replica:
             stderr=asyncio.subprocess.STDOUT,
             env=self._environ,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
             limit=1 << 20,
         )
         try:
@@ -102,9 +102,9 @@ async def _lines(stream: asyncio.StreamReader) -> Any:
         yield line.decode(errors="replace").rstrip("\n")
 
 
-def _die_with_parent() -> None:
-    """In the child before it becomes the replica: SIGTERM when the fleet's process is gone."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def die_with_parent(number: int = signal.SIGTERM) -> None:
+    """In a child before it becomes another program: this signal when our process is gone."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 class Fleet:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from zlib import crc32
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -37,6 +38,7 @@ from autellix_sglang.router.messages import Report
 
 BLOCK_TOKENS: Final = 32
 CHUNK_TOKENS: Final = 4096  # prefilled in one step at most
+LOOK_EVERY: Final = 16  # tokens between looks whether the client is still there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,8 +217,8 @@ class FakeReplica:
         return JSONResponse(_chat_reply(job))
 
     async def _run_whole(self, request: Request, job: Job) -> None:
-        async for _ in self._run(job):
-            if await request.is_disconnected():
+        async for num in self._run(job):
+            if num % LOOK_EVERY == 0 and await request.is_disconnected():
                 return
 
     async def _run(self, job: Job) -> AsyncIterator[int]:
@@ -236,9 +238,12 @@ class FakeReplica:
             self.engine.abort(job)
 
     async def _step(self) -> None:
+        loop = asyncio.get_running_loop()
+        at_s = loop.time()
         while self.engine.num_live:
             seconds, jobs = self.engine.step()
-            await asyncio.sleep(seconds)
+            at_s += seconds  # a step that was late does not delay those after it
+            await asyncio.sleep(at_s - loop.time())
             for job in jobs:
                 job.handle.set()
 
@@ -302,34 +307,47 @@ async def _chat_events(steps: AsyncIterator[int], job: Job) -> AsyncIterator[str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    default = Timing()
     parser = argparse.ArgumentParser(
         prog="python -m autellix_sglang.router.testing", description=__doc__.partition("\n")[0]
     )
     add_worker_arguments(parser)
-    parser.add_argument("--speed", type=float, default=1.0, help="times as fast as the default")
+    add = parser.add_argument
+    add("--port", type=int, help="serve HTTP too, on 127.0.0.1")
+    add("--slots", type=int, default=default.num_slots, help="default: %(default)s")
+    add("--kv-tokens", type=int, default=default.kv_tokens, help="default: %(default)s")
+    add("--speed", type=float, default=1.0, help="times as fast as the default")
     options = parser.parse_args(argv)
     config = worker_from_arguments(options)
-    if config is None:
-        parser.error("--router-endpoint is needed")
+    if config is None and options.port is None:
+        parser.error("--router-endpoint or --port is needed")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    default = Timing()
     timing = Timing(
+        num_slots=options.slots,
+        kv_tokens=options.kv_tokens,
         prefill_tokens_per_s=default.prefill_tokens_per_s * options.speed,
         step_s=default.step_s / options.speed,
         step_call_s=default.step_call_s / options.speed,
     )
-    asyncio.run(_work(config, timing))
+    asyncio.run(_work(FakeReplica(timing), config, options.port))
     return 0
 
 
-async def _work(config: WorkerConfig, timing: Timing) -> None:
-    replica = FakeReplica(timing)
-    agent = WorkerAgent(replica.app, config, replica.probe)
-    is_over = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, is_over.set)
-    await agent.start()
-    await is_over.wait()
-    await agent.stop(grace_s=5.0)
+async def _work(replica: FakeReplica, config: WorkerConfig | None, port: int | None) -> None:
+    """Be a replica for routers, over HTTP, or both, until SIGTERM."""
+    agent = None if config is None else WorkerAgent(replica.app, config, replica.probe)
+    if agent is not None:
+        await agent.start()
+    if port is None:
+        is_over = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, is_over.set)
+        await is_over.wait()
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again at its end
+        settings = uvicorn.Config(replica.app, port=port, log_level="warning", access_log=False)
+        await uvicorn.Server(settings).serve()
+    if agent is not None:
+        await agent.stop(grace_s=5.0)
 
 
 if __name__ == "__main__":

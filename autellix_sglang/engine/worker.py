@@ -24,6 +24,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -108,8 +109,8 @@ class WorkerAgent:
         self._context: zmq.Context[Any] = zmq.Context()
         identity = f"{self.name}/{secrets.token_hex(4)}".encode()
         for endpoint in self._config.endpoints:
-            socket = dial(self._context, endpoint, self._config.keys, identity)
-            self._links.append(_Link(self, endpoint, socket))
+            redial = partial(dial, self._context, endpoint, self._config.keys, identity)
+            self._links.append(_Link(self, endpoint, redial))
         logger.info("worker %r works for %s", self.name, ", ".join(self._config.endpoints))
 
     async def stop(self, grace_s: float = 0.0) -> None:
@@ -172,7 +173,9 @@ class WorkerAgent:
 class _Link:
     """The connection to one router: registers, reports, and runs the calls of its session."""
 
-    def __init__(self, agent: WorkerAgent, endpoint: str, socket: zmq.Socket[bytes]) -> None:
+    def __init__(
+        self, agent: WorkerAgent, endpoint: str, redial: Callable[[], zmq.Socket[bytes]]
+    ) -> None:
         self.agent = agent
         self.news: dict[str, _Visited] = {}  # what this router does not know yet
         self.num_slots = 1
@@ -186,7 +189,8 @@ class _Link:
         self._heard_s = agent.clock()
         self._next_join_s = agent.clock()
         self._is_leaving = False
-        self._channel = Channel(socket, Codec(FROM_ROUTER), self._take_frames)
+        self._redial = redial
+        self._channel = self._connect()
         self._beating = asyncio.create_task(self._beat())
 
     @property
@@ -233,9 +237,16 @@ class _Link:
                 self._join(now_s)
             await asyncio.sleep(self._welcome.heartbeat_s if self._welcome else JOIN_S / 10)
 
+    def _connect(self) -> Channel:
+        return Channel(self._redial(), Codec(FROM_ROUTER), self._take_frames)
+
     def _join(self, now_s: float) -> None:
         self._end_session()
         self._next_join_s = now_s + JOIN_S
+        if now_s - self._heard_s > JOIN_S:
+            # What was sent into the silence would all arrive at its end, and TCP tries ever less.
+            self._channel.close(linger_ms=0)
+            self._channel = self._connect()
         if now_s - self._heard_s > 10 * JOIN_S:
             self._quiet.warning("silent", f"no answer from a router at {self._endpoint} yet")
         agent = self.agent

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("zmq")
 
 from autellix_sglang.router.testing import BLOCK_TOKENS, Job, StepEngine, Timing
-from bench import router, routing_overhead
+from bench import router, router_chaos, routing_live, routing_overhead
 from bench.sim_fleet import POLICY_NAMES
 
 SMALL = Timing(num_slots=4, kv_tokens=20_000)
@@ -40,7 +43,7 @@ def test_engine_evicts_the_oldest_prefix():
 
 def test_placement_ends_in_tables_and_one_line_of_json(capsys):
     """The last line is the contract's JSON object, with a row per workload, size and policy."""
-    asked = ["--quick", "--minutes", "0.1", "--replicas", "2", "--only", "placement"]
+    asked = ["--quick", "--minutes", "0.1", "--replicas", "2", "--only", "placement", "scaling"]
     assert router.main(asked) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(result["results"]) == len(router.QUICK_KINDS) * len(POLICY_NAMES)
@@ -69,7 +72,7 @@ def test_overhead_is_measured_on_real_processes(monkeypatch):
     monkeypatch.setattr(routing_overhead, "OPEN_STREAMS", 3)
     monkeypatch.setattr(routing_overhead, "SLOW_READERS", 2)
     monkeypatch.setattr(routing_overhead, "FAST_READERS", 2)
-    monkeypatch.setattr(routing_overhead, "_is_installed", lambda python: False)
+    monkeypatch.setattr(routing_live, "_is_installed", lambda python: False)
     overhead = routing_overhead.Overhead.measure(0.2)
     assert overhead.over_direct("peer") is None
     ours = overhead.over_direct("router")
@@ -78,3 +81,36 @@ def test_overhead_is_measured_on_real_processes(monkeypatch):
     assert ours["frames_per_s"] > 0
     assert ours["slow_readers_ratio"] > 0
     assert len(overhead.rows) == len(ours)
+
+
+def test_live_runs_are_of_real_processes(monkeypatch, capsys):
+    """Without sglang-router ours is measured alone: no call is lost, and placement is worth it."""
+    monkeypatch.setattr(routing_live, "_is_installed", lambda python: False)
+    asked = ["--only", "live", "--minutes", "0.05", "--repeats", "1", "--replicas", "2"]
+    assert router.main(asked) == 0
+    ours, in_turn = json.loads(capsys.readouterr().out.splitlines()[-1])["live"]
+    assert (ours["policy"], in_turn["policy"]) == ("autellix", "round-robin")
+    assert ours["lost"] == in_turn["lost"] == 0
+    assert ours["prefix_hit_rate"] > in_turn["prefix_hit_rate"]
+
+
+def test_chaos_loses_nothing(capsys):
+    """A few programs while a replica dies, pauses, loses its link, and the router dies."""
+    asked = ["--programs", "60", "--replicas", "2", "--pause", "1.5", "--every", "0.2"]
+    assert router_chaos.main(asked) == 0, capsys.readouterr().out
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"kill", "pause"} <= result["troubles"].keys()
+
+
+def test_link_takes_its_namespace_along(tmp_path):
+    """When the link is given up, namespace and devices are gone."""
+    link = router_chaos.make_link(tmp_path)
+    if link is None:
+        pytest.skip("network namespaces cannot be made here")
+    name = f"chaos{os.getpid()}"
+    assert (Path("/sys/class/net") / name).exists()
+    link.stop()
+    deadline_s = time.monotonic() + 5
+    while (Path("/sys/class/net") / name).exists() and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert not (Path("/sys/class/net") / name).exists()

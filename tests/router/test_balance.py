@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autellix_sglang.router.balance import (
@@ -75,6 +75,7 @@ PROGRAMS = st.builds(
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@settings(deadline=None)
 @given(call=CALLS, program=PROGRAMS, workers=WORKERS, data=st.data())
 def test_choice_is_one_of_the_workers_and_ignores_their_order(policy, call, program, workers, data):
     """Every policy picks a worker that was offered, the same one in whatever order they come."""
@@ -85,6 +86,7 @@ def test_choice_is_one_of_the_workers_and_ignores_their_order(policy, call, prog
     assert policy(call, program, shuffled) == choice
 
 
+@settings(deadline=None)
 @given(call=CALLS, program=PROGRAMS, workers=WORKERS)
 def test_autellix_home_follows_the_call(call, program, workers):
     """Under `autellix` the home is where the program's last call went."""
@@ -92,6 +94,7 @@ def test_autellix_home_follows_the_call(call, program, workers):
     assert choice.home == (program.home if call.program is None else choice.worker)
 
 
+@settings(deadline=None)
 @given(workers=WORKERS, key=st.text(max_size=8))
 def test_a_worker_that_leaves_moves_only_its_own_programs(workers, key):
     """Rendezvous hashing: without some other worker, a program's choice stays what it was."""

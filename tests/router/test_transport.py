@@ -15,6 +15,7 @@ pytest.importorskip("zmq")
 
 import zmq
 
+from autellix_sglang.engine import worker
 from autellix_sglang.errors import ConfigError
 from autellix_sglang.router.__main__ import listen
 from autellix_sglang.router.channel import HELLO, NUMBERS, REFUSED, Codec, make_keys
@@ -283,6 +284,18 @@ async def test_paused_worker_starts_over(rig):
     rig.replicas["a"].hold.set()
     assert (await call).json() == {"worker": "a", "tokens": [0, 1, 2]}  # sent to it once more
     await rig.until(lambda: rig.num_streams == 0)
+
+
+async def test_worker_joins_once_however_long_the_router_was_away(rig, caplog, monkeypatch):
+    """Attempts to join that nobody heard do not all arrive when somebody listens."""
+    monkeypatch.setattr(worker, "JOIN_S", 0.05)
+    caplog.set_level(logging.INFO)
+    rig.replicas["a"] = Replica("a")
+    await rig.work("a", (rig.endpoint,))
+    await asyncio.sleep(0.5)
+    await rig.route()
+    await rig.until(lambda: rig.is_ready("a"))
+    assert len([r for r in caplog.records if "joined with" in r.getMessage()]) <= 2
 
 
 async def test_restart_of_the_router_loses_no_worker_and_no_home(rig):
