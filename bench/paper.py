@@ -8,8 +8,10 @@ One A100 80GB with Llama-3.1-8B, simulated (`bench.sim_engine`, `bench.sim_devic
 from the statistics that the paper publishes (`bench.synthetic`), the server's own process table,
 policies and planner. The result is one page, `bench/out/paper.html`: per figure what it asks, our
 answer in a sentence made from the data, plots, a table ours / the paper's / SRPT, and whether they
-agree. `bench.paper_runs` holds what is simulated, `paper_base`, `paper_engine`, `paper_rates`,
-`paper_fleet` and `paper_costs` what is said of it.
+agree; before them, how far the simulator is from the live engine (`bench.sim_validate`), and after
+them what the paper does not show. `bench.paper_runs` holds what is simulated, `paper_base`,
+`paper_engine`, `paper_rates`, `paper_fleet`, `paper_costs`, `paper_orders` and `paper_validation`
+what is said of it.
 
 Finished simulations are kept in `bench/out/`; with `--resume` those of the same size are used
 again, if no source file of the simulator has changed. But for one measured time in Fig. 17 the
@@ -32,7 +34,15 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final
 
-from bench import paper_costs, paper_engine, paper_fleet, paper_rates, report
+from bench import (
+    paper_costs,
+    paper_engine,
+    paper_fleet,
+    paper_orders,
+    paper_rates,
+    paper_validation,
+    report,
+)
 from bench.common import ROOT, Progress, new_parser, print_result, provenance, say
 from bench.paper_base import (
     FULL,
@@ -56,6 +66,7 @@ FIGURES: Final = {
             *paper_rates.FIGURES,
             *paper_fleet.FIGURES,
             *paper_costs.FIGURES,
+            *paper_orders.FIGURES,
         ),
         key=lambda figure: (not figure.number.isdigit(), figure.number.zfill(2)),
     )
@@ -174,7 +185,8 @@ def render(found: Sequence[tuple[Figure, Findings]], result: dict[str, Any]) -> 
         f'<p class="caption">{contents}</p></header>'
     )
     method = report.section("How this was made", "method", report.definitions(_facts(result)))
-    body = header + "".join(_figure_section(*each) for each in found) + method
+    validation = paper_validation.section(paper_validation.load_results())
+    body = header + validation + "".join(_figure_section(*each) for each in found) + method
     return report.page("The figures of Autellix, run again", body)
 
 
