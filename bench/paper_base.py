@@ -33,7 +33,7 @@ PAPER_NAMES: Final = {"chat": "ShareGPT", "react": "BFCL", "tree": "LATS", "mixe
 NAMES: Final = {VLLM: "vLLM (no prefix cache)", "fcfs": "fcfs (vLLM-opt)"}
 COLOURS: Final = {
     "fcfs": "p0", "plas": "p1", "atlas": "p2", "mlfq": "p3", "srpt": "p4", VLLM: "p5",
-    LEARNING: "p6", "lpm": "p7", "hrrn": "p8", "las": "p9", "program-fcfs": "p10",
+    LEARNING: "p6",
 }  # fmt: skip
 THE_PAPER: Final = "p8"
 OBJECTIVES_MS: Final = (PAPER_LEVEL_MS, 500.0, 1000.0)  # the paper's Fig. 15

@@ -37,7 +37,11 @@ ORDERS: Final = {
     LEARNING: "ours, learns",
     "srpt": "shortest remaining program, clairvoyant",
 }
-DRAWN: Final = ("lpm", "hrrn", "las", "program-fcfs", "mlfq", "plas", LEARNING)
+# Drawn, with colours that other figures give to policies that are not drawn here.
+DRAWN: Final = {
+    "lpm": "p7", "hrrn": "p8", "las": "p2", "program-fcfs": "p5",
+    **{policy: colour_of(policy) for policy in ("mlfq", "plas", LEARNING, "srpt")},
+}  # fmt: skip
 ORDER_LOADS: Final = (1.2, 2.0)
 
 
@@ -90,13 +94,13 @@ def _orders_find(size: Size, results: Results) -> Findings:
                 [
                     Series(
                         policy,
-                        colour_of(policy),
+                        css,
                         [
                             (i, over(w, policy, load, "latency_ms", "mean"))
                             for i, w in enumerate(WORKLOADS)
                         ],
                     )
-                    for policy in (*DRAWN, "srpt")
+                    for policy, css in DRAWN.items()
                 ],
                 "times fcfs",
                 width=960,
@@ -105,7 +109,7 @@ def _orders_find(size: Size, results: Results) -> Findings:
         ),
         header=("order", "whose", *(f"{w}, {at:g}" for at in loads for w in WORKLOADS), "p99 pays"),
         rows=tuple(row(policy) for policy in ORDERS),
-        policies=(*DRAWN, "srpt"),
+        keys=tuple((css, policy) for policy, css in DRAWN.items()),
         data={
             f"{load:g}": {
                 w: {
