@@ -68,7 +68,11 @@ FIGURES: Final = {
             *paper_costs.FIGURES,
             *paper_orders.FIGURES,
         ),
-        key=lambda figure: (not figure.number.isdigit(), figure.number.zfill(2)),
+        key=lambda figure: (
+            not figure.number.isdigit(),
+            figure in paper_orders.FIGURES,
+            figure.number.zfill(2),
+        ),
     )
 }
 OUT: Final = ROOT / "bench" / "out"
@@ -167,6 +171,9 @@ INTRO: Final = (
 )
 
 
+SMALL: Final = "A small run: it shows that everything works. What is true, `make paper` says."
+
+
 def render(found: Sequence[tuple[Figure, Findings]], result: dict[str, Any]) -> str:
     """The whole report as one document."""
     counts = {v: sum(f.verdict == v for _, f in found) for v in VERDICTS}
@@ -179,10 +186,11 @@ def render(found: Sequence[tuple[Figure, Findings]], result: dict[str, Any]) -> 
     contents = " \N{MIDDLE DOT} ".join(
         f'<a href="#fig-{figure.number}">{escape(_label(figure))}</a>' for figure, _ in found
     )
+    note = f'<p class="note">{SMALL}</p>' if result["size"] == dataclasses.asdict(QUICK) else ""
     header = (
         '<header><p class="kicker">Autellix, arXiv 2502.13965, against autellix_sglang</p>'
         f'<h1>{title}</h1><div class="tiles">{tiles}</div><p>{INTRO}</p>'
-        f'<p class="caption">{contents}</p></header>'
+        f'<p class="caption">{contents}</p>{note}</header>'
     )
     method = report.section("How this was made", "method", report.definitions(_facts(result)))
     validation = paper_validation.section(paper_validation.load_results())
@@ -191,7 +199,9 @@ def render(found: Sequence[tuple[Figure, Findings]], result: dict[str, Any]) -> 
 
 
 def _label(figure: Figure) -> str:
-    return f"Fig. {figure.number}" if figure.number.isdigit() else figure.number.upper()
+    if figure.number.isdigit():
+        return f"Fig. {figure.number}"
+    return figure.number.capitalize() if figure in paper_orders.FIGURES else figure.number.upper()
 
 
 def _figure_section(figure: Figure, found: Findings) -> str:
@@ -206,10 +216,17 @@ def _figure_section(figure: Figure, found: Findings) -> str:
         f'<p class="question">{escape(figure.question)}</p>'
         f'<p class="answer">{escape(found.answer)}</p>'
         + (report.legend(keys) if keys else "")
-        + f'<div class="panels">{"".join(found.charts)}</div>'
+        + f'<div class="panels">{_panels(found.charts)}</div>'
         + report.table(found.header, found.rows)
         + report.caption(escape(found.remark)),
     )
+
+
+def _panels(drawn: Sequence[str]) -> str:
+    """Charts side by side; a narrow one that is alone keeps its size."""
+    known = [chart for chart in drawn if chart]
+    is_alone = len(known) == 1 and 'viewBox="0 0 470 ' in known[0]
+    return "".join([*known, "<div></div>"] if is_alone else known)
 
 
 def _facts(result: dict[str, Any]) -> dict[str, object]:

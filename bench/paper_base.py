@@ -69,9 +69,9 @@ class Size:
 FULL: Final = Size()
 QUICK: Final = Size(
     minutes=1.0,
-    loads=(0.5, 1.2, 2.0),
+    loads=(0.5, 1.8),
     large_minutes=1.0,
-    large_loads=(0.5, 2.0),
+    large_loads=(0.5, 1.8),
     wait_loads=(0.5, 0.9),
     steady_minutes=5.0,
     size_minutes=2.0,

@@ -9,7 +9,6 @@ from bench.charts import Series
 from bench.paper_base import (
     LEARNING,
     NOT_THERE,
-    PAPER_NAMES,
     WORKLOADS,
     Figure,
     Findings,
@@ -26,16 +25,16 @@ from bench.paper_runs import DEVICE, PROMISED_BETA, Cell, Result, cell
 
 # By policy or baseline: whose order it is.
 ORDERS: Final = {
-    "fcfs": "SGLang's default, vLLM's",
-    "lpm": "SGLang's longest prefix match",
-    "hrrn": "SGLang's highest response ratio next",
-    "program-fcfs": "program arrival order, Continuum's",
-    "las": "llm-d's decayed attained service",
-    "sjf": "shortest call first, clairvoyant",
+    "fcfs": "SGLang, vLLM",
+    "lpm": "SGLang",
+    "hrrn": "SGLang",
+    "program-fcfs": "Continuum",
+    "las": "llm-d's router",
+    "sjf": "clairvoyant",
     "mlfq": "the paper's baseline",
-    "plas": "the paper's, our default",
-    LEARNING: "ours, learns",
-    "srpt": "shortest remaining program, clairvoyant",
+    "plas": "the paper's",
+    LEARNING: "ours",
+    "srpt": "clairvoyant",
 }
 # Drawn, with colours that other figures give to policies that are not drawn here.
 DRAWN: Final = {
@@ -47,7 +46,9 @@ ORDER_LOADS: Final = (1.2, 2.0)
 
 def _order_loads(size: Size) -> list[float]:
     """The loads of the sweep that are nearest to those wanted."""
-    return [min(size.loads, key=lambda at: abs(at - load)) for load in ORDER_LOADS]
+    return list(
+        dict.fromkeys(min(size.loads, key=lambda at: abs(at - load)) for load in ORDER_LOADS)
+    )
 
 
 def _orders_cells(size: Size) -> list[Cell]:
@@ -84,13 +85,14 @@ def _orders_find(size: Size, results: Results) -> Findings:
         f" {mixed['srpt']:.2f}.",
         verdict=verdict_of([]),
         remark="The paper compares with first come first served and MLFQ only. None of lpm, hrrn,"
-        " las, program-fcfs and sjf preempts. The last column is who pays: the largest p99 response"
-        " over stock order's, of all workloads and both loads. `bench/sim_orders.py` says what of"
-        " each order is left out.",
+        " las (least attained service), program-fcfs (program arrival order) and sjf (shortest"
+        " call first) preempts. lpm is longest prefix match, hrrn highest response ratio next. All"
+        " numbers are over stock order's; the last is who pays: the largest p99 response of all"
+        " workloads and loads. `bench/sim_orders.py` says what of each order is left out.",
         charts=tuple(
             charts.bars(
                 f"Mean token latency over fcfs's, load {load:g}",
-                [f"{w} ({PAPER_NAMES[w]})" for w in WORKLOADS],
+                WORKLOADS,
                 [
                     Series(
                         policy,
@@ -103,11 +105,10 @@ def _orders_find(size: Size, results: Results) -> Findings:
                     for policy, css in DRAWN.items()
                 ],
                 "times fcfs",
-                width=960,
             )
             for load in loads
         ),
-        header=("order", "whose", *(f"{w}, {at:g}" for at in loads for w in WORKLOADS), "p99 pays"),
+        header=("order", "whose", *(f"{w} {at:g}" for at in loads for w in WORKLOADS), "p99"),
         rows=tuple(row(policy) for policy in ORDERS),
         keys=tuple((css, policy) for policy, css in DRAWN.items()),
         data={

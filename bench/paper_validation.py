@@ -55,7 +55,7 @@ def section(results: Sequence[Mapping[str, Any]]) -> str:
         "validation",
         f'<p class="answer">{escape(answer)}</p>'
         + report.legend([("p0", "live"), ("p1", "simulated")])
-        + f'<div class="panels">{"".join(_chart(s, results) for s in STATISTICS)}</div>'
+        + _chart("mean", results)
         + report.table(HEADER, [row for result in results for row in _rows(result)])
         + report.caption(escape(remark)),
     )
@@ -64,7 +64,7 @@ def section(results: Sequence[Mapping[str, Any]]) -> str:
 def _chart(statistic: str, results: Sequence[Mapping[str, Any]]) -> str:
     runs = [(result, trace) for result in results for trace in result["errors"]]
     return charts.bars(
-        f"Program token latency, {statistic}",
+        f"{statistic.capitalize()} program token latency, by trace and load",
         [f"{_short(trace)} {result['load']:g}" for result, trace in runs],
         [
             Series(
@@ -75,6 +75,7 @@ def _chart(statistic: str, results: Sequence[Mapping[str, Any]]) -> str:
             for side, css in (("live", "p0"), ("simulated", "p1"))
         ],
         "ms per token",
+        width=960,
     )
 
 

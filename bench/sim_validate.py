@@ -8,8 +8,10 @@ and fits a device to that. Each trace is then replayed by the machinery of `benc
 of the capacity that the simulator reckons. Because the speed of a shared machine drifts, batches
 are measured again after every trace, and the device that simulates a trace fits what was measured
 right before and right after it. The simulation has the server's own settings. An error is the
-simulated number over the live one, less one. Nothing is fitted to the replays themselves. Without
-`--trace` the built-in chat, react and tree workloads are used.
+simulated number over the live one, less one. The drift is by how much longer batches took after a
+trace than before it: where it is large, the machine was not the same, and the error says little.
+Nothing is fitted to the replays themselves. Without `--trace` the built-in chat, react and tree
+workloads are used.
 
 What the simulator is not told: how the engine overlaps its work with the client's on the same
 cores, and the tokens themselves (prefixes are shared by length).
@@ -105,11 +107,21 @@ class Gauge:
         say("measuring batches")
         self._rounds.append(self._prober.round())
 
+    def drift(self) -> float:
+        """All times of the last `ROUNDS` rounds over those of the ones before, less one."""
+        before, after = self._rounds[-2 * ROUNDS : -ROUNDS], self._rounds[-ROUNDS:]
+        return _total_s(after) / _total_s(before) - 1
+
     def latest(self, num_rounds: int) -> tuple[Device, list[float]]:
         """The device that fits the last rounds, and how far it is from their points."""
         points = medians(self._rounds[-num_rounds:])
         device = points.device("measured", self._kv_tokens)
         return device, fit_errors(device, points)
+
+
+def _total_s(rounds: Sequence[Points]) -> float:
+    points = medians(rounds)
+    return sum(point.seconds for point in (*points.decode, *points.lone))
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +216,7 @@ def validate(options: argparse.Namespace) -> dict[str, Any]:
     pairs: dict[str, Pair] = {}
     devices: dict[str, Device] = {}
     errors: dict[str, list[float]] = {}
+    drifts: dict[str, float] = {}
     with policy_servers([options.policy], flags) as endpoints:
         endpoint = endpoints[options.policy]
         assert endpoint.server is not None
@@ -228,9 +241,14 @@ def validate(options: argparse.Namespace) -> dict[str, Any]:
             for _ in range(ROUNDS):
                 gauge.measure()
             devices[name], errors[name] = gauge.latest(2 * ROUNDS)
+            drifts[name] = gauge.drift()
             setup = setup_of(devices[name], options, info)
             pairs[name] = pair_of(setup, options.policy, live_run)
-    print(format_table(HEADER, [row for name in pairs for row in _rows(name, pairs[name])]))
+    print(
+        format_table(
+            HEADER, [row for name in pairs for row in _rows(name, pairs[name], drifts[name])]
+        )
+    )
     return {
         "policy": options.policy,
         "load": options.load,
@@ -238,6 +256,7 @@ def validate(options: argparse.Namespace) -> dict[str, Any]:
         "slots": options.slots,
         "devices": {name: dataclasses.asdict(device) for name, device in devices.items()},
         "fit_errors": errors,
+        "drift": drifts,
         "live": {name: pair.live for name, pair in pairs.items()},
         "simulated": {name: pair.simulated for name, pair in pairs.items()},
         "errors": {name: pair.errors for name, pair in pairs.items()},
@@ -246,14 +265,23 @@ def validate(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-HEADER: Final = ("trace", "measure", "statistic", "live", "simulated", "error", "others' cores")
+HEADER: Final = (
+    "trace",
+    "measure",
+    "statistic",
+    "live",
+    "simulated",
+    "error",
+    "others' cores",
+    "drift",
+)
 
 
-def _rows(name: str, pair: Pair) -> list[list[object]]:
+def _rows(name: str, pair: Pair, drift: float) -> list[list[object]]:
     return [
         [name, measure, statistic, pair.live[measure][statistic],
          pair.simulated[measure][statistic], pair.errors[measure][statistic],
-         pair.live["foreign_cores"]]
+         pair.live["foreign_cores"], drift]
         for measure in MEASURES
         for statistic in STATISTICS
     ]  # fmt: skip
