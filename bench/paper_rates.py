@@ -138,9 +138,9 @@ def _fig12_find(size: Size, results: Results) -> Findings:
         f" only help while calls wait, and at {size.slots} slots they hardly wait below load 1,"
         f" which is in programs per second: {capacities}; the paper's axes end at 4, 0.8, 0.3 and"
         " 0.8. So its chat is measured deep in overload, where rates last only as long as"
-        f" arrivals do (here {size.minutes:g} minutes). ReAct is bound by prefill, which every order does first;"
-        " searches are all alike, and attained service only makes them take turns. Falcon-180B is"
-        " left out: there is no preset for its 8 GPUs.",
+        f" arrivals do (here {size.minutes:g} minutes). ReAct is bound by prefill, which every"
+        " order does first; searches are all alike, and attained service only makes them take"
+        " turns. Falcon-180B is left out: there is no preset for its 8 GPUs.",
         charts=(
             *(_latency_chart(sweep, "mean", ", 8B") for sweep in small.values()),
             *(_latency_chart(sweep, "mean", ", 70B") for sweep in large.values()),
