@@ -18,11 +18,16 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A named row of values: (x, y) for curves; for bars x is the number of the group."""
+    """A named row of values: (x, y) for curves; for bars x is the number of the group.
+
+    Of curves `has_line` and `has_dots` say what is drawn.
+    """
 
     name: str
     css: str
     points: Points
+    has_line: bool = True
+    has_dots: bool = True
 
 
 def lines(
@@ -92,7 +97,7 @@ def _curve(series: Series, x: Scale, y: Scale) -> str:
         for px, py in points
     ]
     curve = svg.element("path", svg.title(series.name), d=f"M{path}", class_=f"curve {series.css}")
-    return curve + "".join(dots)
+    return (curve if series.has_line else "") + ("".join(dots) if series.has_dots else "")
 
 
 def bars(

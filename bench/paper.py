@@ -8,8 +8,10 @@ One A100 80GB with Llama-3.1-8B, simulated (`bench.sim_engine`, `bench.sim_devic
 from the statistics that the paper publishes (`bench.synthetic`), the server's own process table,
 policies and planner. The result is one page, `bench/out/paper.html`: per figure what it asks, our
 answer in a sentence made from the data, plots, a table ours / the paper's / SRPT, and whether they
-agree. `bench.paper_runs` holds what is simulated, `paper_base`, `paper_engine`, `paper_rates`,
-`paper_fleet` and `paper_costs` what is said of it.
+agree; before them, how far the simulator is from the live engine (`bench.sim_validate`), and after
+them what the paper does not show. `bench.paper_runs` holds what is simulated, `paper_base`,
+`paper_engine`, `paper_rates`, `paper_fleet`, `paper_costs`, `paper_orders` and `paper_validation`
+what is said of it.
 
 Finished simulations are kept in `bench/out/`; with `--resume` those of the same size are used
 again, if no source file of the simulator has changed. But for one measured time in Fig. 17 the
@@ -32,7 +34,15 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final
 
-from bench import paper_costs, paper_engine, paper_fleet, paper_rates, report
+from bench import (
+    paper_costs,
+    paper_engine,
+    paper_fleet,
+    paper_orders,
+    paper_rates,
+    paper_validation,
+    report,
+)
 from bench.common import ROOT, Progress, new_parser, print_result, provenance, say
 from bench.paper_base import (
     FULL,
@@ -56,8 +66,13 @@ FIGURES: Final = {
             *paper_rates.FIGURES,
             *paper_fleet.FIGURES,
             *paper_costs.FIGURES,
+            *paper_orders.FIGURES,
         ),
-        key=lambda figure: (not figure.number.isdigit(), figure.number.zfill(2)),
+        key=lambda figure: (
+            not figure.number.isdigit(),
+            figure in paper_orders.FIGURES,
+            figure.number.zfill(2),
+        ),
     )
 }
 OUT: Final = ROOT / "bench" / "out"
@@ -156,6 +171,9 @@ INTRO: Final = (
 )
 
 
+SMALL: Final = "A small run: it shows that everything works. What is true, `make paper` says."
+
+
 def render(found: Sequence[tuple[Figure, Findings]], result: dict[str, Any]) -> str:
     """The whole report as one document."""
     counts = {v: sum(f.verdict == v for _, f in found) for v in VERDICTS}
@@ -168,18 +186,22 @@ def render(found: Sequence[tuple[Figure, Findings]], result: dict[str, Any]) -> 
     contents = " \N{MIDDLE DOT} ".join(
         f'<a href="#fig-{figure.number}">{escape(_label(figure))}</a>' for figure, _ in found
     )
+    note = f'<p class="note">{SMALL}</p>' if result["size"] == dataclasses.asdict(QUICK) else ""
     header = (
         '<header><p class="kicker">Autellix, arXiv 2502.13965, against autellix_sglang</p>'
         f'<h1>{title}</h1><div class="tiles">{tiles}</div><p>{INTRO}</p>'
-        f'<p class="caption">{contents}</p></header>'
+        f'<p class="caption">{contents}</p>{note}</header>'
     )
     method = report.section("How this was made", "method", report.definitions(_facts(result)))
-    body = header + "".join(_figure_section(*each) for each in found) + method
+    validation = paper_validation.section(paper_validation.load_results())
+    body = header + validation + "".join(_figure_section(*each) for each in found) + method
     return report.page("The figures of Autellix, run again", body)
 
 
 def _label(figure: Figure) -> str:
-    return f"Fig. {figure.number}" if figure.number.isdigit() else figure.number.upper()
+    if figure.number.isdigit():
+        return f"Fig. {figure.number}"
+    return figure.number.capitalize() if figure in paper_orders.FIGURES else figure.number.upper()
 
 
 def _figure_section(figure: Figure, found: Findings) -> str:
@@ -194,10 +216,17 @@ def _figure_section(figure: Figure, found: Findings) -> str:
         f'<p class="question">{escape(figure.question)}</p>'
         f'<p class="answer">{escape(found.answer)}</p>'
         + (report.legend(keys) if keys else "")
-        + f'<div class="panels">{"".join(found.charts)}</div>'
+        + f'<div class="panels">{_panels(found.charts)}</div>'
         + report.table(found.header, found.rows)
         + report.caption(escape(found.remark)),
     )
+
+
+def _panels(drawn: Sequence[str]) -> str:
+    """Charts side by side; a narrow one that is alone keeps its size."""
+    known = [chart for chart in drawn if chart]
+    is_alone = len(known) == 1 and 'viewBox="0 0 470 ' in known[0]
+    return "".join([*known, "<div></div>"] if is_alone else known)
 
 
 def _facts(result: dict[str, Any]) -> dict[str, object]:

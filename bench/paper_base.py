@@ -9,17 +9,16 @@ direction and size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from autellix_sglang.config import ProgramConfig
 from bench.charts import Points
 from bench.common import format_number
 from bench.paper_runs import VLLM, Cell, Result
-from bench.sim import rate_at
+from bench.sim import PAPER_LEVEL_MS, Ratio, ratio_at, ratios
 
 Results = Mapping[Cell, Result]
 
@@ -37,7 +36,7 @@ COLOURS: Final = {
     LEARNING: "p6",
 }  # fmt: skip
 THE_PAPER: Final = "p8"
-OBJECTIVES_MS: Final = (300.0, 500.0, 1000.0)  # the paper's Fig. 15
+OBJECTIVES_MS: Final = (PAPER_LEVEL_MS, 500.0, 1000.0)  # the paper's Fig. 15
 MULTIPLES: Final = (2.0, 4.0)  # of the unloaded latency
 NOT_THERE: Final = "-"
 
@@ -58,6 +57,7 @@ class Size:
     offline: tuple[int, ...] = (1000, 2000, 4000)
     swap_minutes: float = 4.0
     swap_loads: tuple[float, ...] = (1.2, 1.5, 2.0)
+    starvation_minutes: float = 30.0
     passes: int = 20
     chats: int = 100  # per replica
     searches: int = 20  # per replica
@@ -68,22 +68,23 @@ class Size:
 
 FULL: Final = Size()
 QUICK: Final = Size(
-    minutes=2.0,
-    loads=(0.5, 1.0, 1.5, 2.5),
-    large_minutes=2.0,
-    large_loads=(0.5, 1.2, 2.0),
-    wait_loads=(0.5, 0.9, 2.5),
-    steady_minutes=10.0,
-    size_minutes=5.0,
-    hit_programs=60,
-    offline=(200, 400),
-    swap_minutes=2.0,
-    swap_loads=(1.5, 2.0),
+    minutes=1.0,
+    loads=(0.5, 1.8),
+    large_minutes=1.0,
+    large_loads=(0.5, 1.8),
+    wait_loads=(0.5, 0.9),
+    steady_minutes=5.0,
+    size_minutes=2.0,
+    hit_programs=40,
+    offline=(100, 200),
+    swap_minutes=1.0,
+    swap_loads=(1.5,),
+    starvation_minutes=5.0,
     passes=3,
-    chats=40,
-    searches=8,
-    replicas=(1, 2, 4),
-    replica_loads=(0.4, 1.0, 2.0),
+    chats=15,
+    searches=4,
+    replicas=(1, 2),
+    replica_loads=(0.4, 2.0),
 )
 
 
@@ -143,17 +144,6 @@ def span(values: Sequence[float]) -> str:
 # --- curves over load ---------------------------------------------------------------------------
 
 
-class Ratio(NamedTuple):
-    """A rate over another at a latency level; `is_least` where only the other one crosses it."""
-
-    value: float
-    is_least: bool
-    level: str
-
-    def __str__(self) -> str:
-        return f"{'> ' if self.is_least else ''}{self.value:.2f}"
-
-
 @dataclass(frozen=True)
 class Sweep:
     """One workload on one device: results by policy and load."""
@@ -180,20 +170,14 @@ class Sweep:
             f"{at:g} ms": at for at in OBJECTIVES_MS if at > MULTIPLES[-1] * unloaded
         }
 
-    def ratio(
-        self, policy: str, baseline: str, level: str, statistic: str = "mean"
-    ) -> Ratio | None:
-        """None where the baseline does not cross the level within the loads."""
-        at_ms = self.levels_ms(statistic)[level]
-        mine = rate_at(self.curve(policy, statistic), at_ms)
-        theirs = rate_at(self.curve(baseline, statistic), at_ms)
-        if mine is None or theirs is None or theirs == math.inf:
-            return None
-        if mine == math.inf:
-            return Ratio(max(self.points[policy]) / theirs, True, level)
-        return Ratio(mine / theirs, False, level)
+    def ratios(self, policy: str, baseline: str, statistic: str = "mean") -> list[Ratio]:
+        """Rate over the baseline's at every level that the baseline crosses, lowest first."""
+        return ratios(self.curve(policy, statistic), self.curve(baseline, statistic))
 
     def best(self, policy: str, baseline: str, statistic: str = "mean") -> Ratio | None:
-        """The largest ratio over all levels: the paper's "up to"."""
-        found = (self.ratio(policy, baseline, lv, statistic) for lv in self.levels_ms(statistic))
-        return max((r for r in found if r is not None), default=None)
+        """The largest ratio at any level: the paper's "up to"."""
+        return max(self.ratios(policy, baseline, statistic), default=None)
+
+    def at_paper_level(self, policy: str, baseline: str) -> Ratio | None:
+        """The ratio at the tightest objective of the paper's Fig. 15."""
+        return ratio_at(self.curve(policy), self.curve(baseline), OBJECTIVES_MS[0])

@@ -76,7 +76,7 @@ def _fig16_find(size: Size, results: Results) -> Findings:
             ),
         ),
         header=("programs", "policy", "makespan, s", "over vLLM-opt", "the paper's",
-                "over srpt", "mean response, s", "preemptions", "KV on host, GB"),
+                "over srpt", "response, s", "preemptions", "host GB"),
         rows=tuple(
             (
                 f"{count:,}",

@@ -21,6 +21,7 @@ from bench.paper_base import (
     colour_of,
     name_of,
     shown,
+    span,
     verdict_of,
 )
 from bench.paper_runs import VLLM, Cell, cell
@@ -146,7 +147,7 @@ def _fig4_find(size: Size, results: Results) -> Findings:
 
     def curves(column: int) -> list[Series]:
         return [
-            Series(p, colour_of(p), [(row[0], row[column]) for row in r["curve"]])
+            Series(p, colour_of(p), [(row[0], row[column]) for row in r["curve"]], has_dots=False)
             for p, r in found.items()
         ]
 
@@ -224,7 +225,7 @@ def _fig5_find(size: Size, results: Results) -> Findings:
     return Findings(
         answer=f"Under vLLM's order calls wait for at most {largest[low]:.0f} % of their time at"
         f" load 0.5 and {largest[high]:.0f} % at load 0.9, where the paper measures 39 to 64 % and"
-        f" 80 to 91 %; at load {over:g} it is {min(beyond):.0f} to {max(beyond):.0f} %.",
+        " 80 to 91 %" + (f"; at load {over:g} it is {span(beyond)} %." if over > high else "."),
         verdict=verdict_of(near),
         remark="A load of 1 here is what a full batch of this baseline can do, so below it calls"
         " hardly wait; the paper does not define its load, and its shares are those of an engine in"

@@ -11,11 +11,11 @@ from bench.paper_base import (
     LEARNING,
     NOT_THERE,
     OURS,
+    PAPER_NAMES,
     POLICIES,
     WORKLOADS,
     Figure,
     Findings,
-    Ratio,
     Results,
     Size,
     Sweep,
@@ -24,6 +24,7 @@ from bench.paper_base import (
     verdict_of,
 )
 from bench.paper_runs import DEVICE, VLLM, Cell, cell
+from bench.sim import Ratio, best
 
 # What the paper (arXiv 2502.13965v1 and its NSDI'26 version) says.
 PAPER_RATES: Final = {
@@ -36,7 +37,7 @@ PAPER_RATES: Final = {
 # --- Figs. 12, 13 and the SRPT figure: latency over rate ----------------------------------------
 
 
-def _load_cell(size: Size, workload: str, policy: str, load: float, device: str) -> Cell:
+def load_cell(size: Size, workload: str, policy: str, load: float, device: str) -> Cell:
     is_large = device != DEVICE
     loads = size.large_loads if is_large else size.loads
     return cell(
@@ -52,6 +53,7 @@ def _load_cell(size: Size, workload: str, policy: str, load: float, device: str)
 
 
 LARGE: Final = "a100-70b"
+SHORT_NAMES: Final = {VLLM: "vLLM", "fcfs": "vLLM-opt"}
 LARGE_POLICIES: Final = tuple(dict.fromkeys(("fcfs", "mlfq", "plas", OURS, "srpt")))
 
 
@@ -66,7 +68,7 @@ def _policies(workload: str, device: str) -> tuple[str, ...]:
 def _load_cells(size: Size, device: str) -> list[Cell]:
     loads = size.loads if device == DEVICE else size.large_loads
     return [
-        _load_cell(size, workload, policy, load, device)
+        load_cell(size, workload, policy, load, device)
         for workload in WORKLOADS
         for policy in _policies(workload, device)
         for load in loads
@@ -80,8 +82,7 @@ def _sweeps(size: Size, results: Results, device: str) -> dict[str, Sweep]:
             workload,
             {
                 policy: {
-                    load: results[_load_cell(size, workload, policy, load, device)]
-                    for load in loads
+                    load: results[load_cell(size, workload, policy, load, device)] for load in loads
                 }
                 for policy in _policies(workload, device)
             },
@@ -115,11 +116,11 @@ def _fig12_find(size: Size, results: Results) -> Findings:
             reached.append(ours is not None and ours.value >= 0.9 * told)
             at_70b = None if baseline == VLLM else _best_attained(large[workload], baseline)
             srpt, learned = (sweep.best(p, baseline) for p in ("srpt", LEARNING))
-            level = ours.level if ours else NOT_THERE
             rows.append(
-                (workload, name_of(baseline), str(ours or NOT_THERE), level,
-                 str(at_70b or NOT_THERE), str(learned or NOT_THERE), told,
-                 str(srpt or NOT_THERE))
+                (PAPER_NAMES[workload], SHORT_NAMES.get(baseline, baseline), told,
+                 str(_at_paper_level(sweep, baseline) or NOT_THERE), _with_level(ours),
+                 _reached_at(sweep, baseline, told), str(learned or NOT_THERE),
+                 str(srpt or NOT_THERE), str(at_70b or NOT_THERE))
             )  # fmt: skip
     mixed = _best_attained(small["mixed"], "fcfs")
     over_vllm = _best_attained(small["mixed"], VLLM)
@@ -130,17 +131,22 @@ def _fig12_find(size: Size, results: Results) -> Findings:
         f" {over_vllm or 'an unknown multiple'} times that of vLLM without a prefix cache, where"
         f" the paper has 4 and 15; {sum(reached)} of its {len(reached)} ratios are reached.",
         verdict=verdict_of(reached),
-        remark="Ratios are the largest over the levels drawn (the paper: 'up to', at a level it"
-        " does not name); '>' where our curve stays below the level at all loads. Load 1, in"
-        f" programs per second: {capacities}; the paper's axes end at 4, 0.8, 0.3 and 0.8. So its"
-        " chat is measured deep in overload, where rates last only as long as arrivals do (here"
-        f" {size.minutes:g} minutes). Falcon-180B is left out: there is no preset for its 8 GPUs.",
+        remark="The paper says 'up to', at a level that it does not name, so the largest ratio is"
+        " that of the level where it is largest, and the paper's is marked with the lowest level at"
+        " which ours is as large; '>' where our curve stays below the level at all loads. 300 ms is"
+        " the tightest objective of its Fig. 15. The last columns are at most, too. An order can"
+        f" only help while calls wait, and at {size.slots} slots they hardly wait below load 1,"
+        f" which is in programs per second: {capacities}; the paper's axes end at 4, 0.8, 0.3 and"
+        " 0.8. So its chat is measured deep in overload, where rates last only as long as"
+        f" arrivals do (here {size.minutes:g} minutes). ReAct is bound by prefill, which every"
+        " order does first; searches are all alike, and attained service only makes them take"
+        " turns. Falcon-180B is left out: there is no preset for its 8 GPUs.",
         charts=(
             *(_latency_chart(sweep, "mean", ", 8B") for sweep in small.values()),
             *(_latency_chart(sweep, "mean", ", 70B") for sweep in large.values()),
         ),
-        header=("workload", "rate over", "attained, 8B", "at", "attained, 70B", "gittins, 8B",
-                "the paper's", "srpt, 8B"),
+        header=("workload", "rate over", "the paper's", "ours, 300 ms", "ours at most",
+                "paper's reached at", "gittins", "srpt", "70B"),
         rows=tuple(rows),
         policies=POLICIES,
         data={
@@ -157,9 +163,28 @@ def _fig12_find(size: Size, results: Results) -> Findings:
     )  # fmt: skip
 
 
+def _with_level(ratio: Ratio | None) -> str:
+    return f"{ratio}, at {ratio.level_ms:.0f} ms" if ratio else NOT_THERE
+
+
+def _at_paper_level(sweep: Sweep, baseline: str) -> Ratio | None:
+    return best(sweep.at_paper_level(p, baseline) for p in ATTAINED if p in sweep.points)
+
+
+def _reached_at(sweep: Sweep, baseline: str, told: float) -> str:
+    """The lowest level at which attained service is as far ahead as the paper says."""
+    found = [
+        ratio.level_ms
+        for policy in ATTAINED
+        if policy in sweep.points
+        for ratio in sweep.ratios(policy, baseline)
+        if ratio.value >= told
+    ]
+    return f"{min(found):.0f} ms" if found else "nowhere"
+
+
 def _best_attained(sweep: Sweep, baseline: str, statistic: str = "mean") -> Ratio | None:
-    known = (sweep.best(p, baseline, statistic) for p in ATTAINED if p in sweep.points)
-    return max((r for r in known if r is not None), default=None)
+    return best(sweep.best(p, baseline, statistic) for p in ATTAINED if p in sweep.points)
 
 
 TAILS: Final = ("p95", "p99")

@@ -19,6 +19,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Final
 
+from autellix_sglang.config import ProgramConfig
 from bench import planner, synthetic
 from bench.replay import poisson_arrivals
 from bench.sim import Setup, at_rate, capacity, synthetic_plans
@@ -38,6 +39,7 @@ from bench.trace import TraceProgram
 VLLM: Final = "vllm"
 DEVICE: Final = "a100-8b"
 KV_TOKEN_BYTES: Final = KV_BYTES_PER_LAYER * LLAMA_8B.layers
+PROMISED_BETA: Final = ProgramConfig().beta
 BLOCK_TOKENS: Final = 16  # vLLM's KV block
 NUM_SAMPLES: Final = 240  # of a curve over time
 
@@ -280,6 +282,45 @@ def swap(policy: str, load: float, minutes: float, slots: int) -> Result:
     }
 
 
+def starvation(workload: str, load: float, minutes: float, slots: int, beta: float) -> Result:
+    """Per program that waited: [its service, what it waited in all] when it was owed most.
+
+    Both in steps, under `plas`; `bound` are one quantum of each level. A program is owed what it
+    waited over what `PROMISED_BETA` allows it at that moment.
+    """
+    window_s = 60 * minutes
+    full, plans, _ = _plans(workload, DEVICE, slots, window_s, load)
+    setup = _setup(DEVICE, slots, window_s)
+    setup = dataclasses.replace(setup, config=setup.config.replace(policy="plas", beta=beta))
+    engine = _watched(setup, "plas")
+    table = engine.table
+    levels = table.levels
+    quanta = sum(levels.quantum_at(start) for start in (0.0, *levels.bounds))
+    worst: dict[int, tuple[float, float, float]] = {}
+
+    def look() -> None:
+        for program in table.programs():
+            if program.stalled_since is None:
+                continue
+            waited = program.stall_steps + table.clock - program.stalled_since
+            service = max(program.service, levels.quantum)
+            owed = waited / ((PROMISED_BETA + 1) * service + quanta)
+            if waited and owed > worst.get(program.seq, (0.0,))[0]:
+                worst[program.seq] = (owed, service, waited)
+
+    engine.look = look
+    arrivals = [t for t in poisson_arrivals(len(plans), load * full, 1) if t < window_s]
+    engine.run(plans[: len(arrivals)], arrivals)
+    return {
+        "programs": len(arrivals),
+        "points": [[service, waited] for _, service, waited in worst.values()],
+        "worst": max((owed for owed, _, _ in worst.values()), default=0.0),
+        "quanta": quanta,
+        "promotions": table.counters.num_promotions,
+        "late_s": engine.now_s - window_s,
+    }
+
+
 def scheduler_pass(policy: str, waiting: int, running: int, repeats: int) -> Result:
     """Milliseconds of a scheduler pass on this machine, measured by `bench.planner`."""
     return dict(planner.measure(policy, waiting, running, repeats))
@@ -308,6 +349,7 @@ def placement(
 JOBS: Final[dict[str, Callable[..., Result]]] = {
     job.__name__: job
     for job in (
-        load_run, wait_run, steady, waits, hits, offline, swap, scheduler_pass, placement,
+        load_run, wait_run, steady, waits, hits, offline, swap, starvation, scheduler_pass,
+        placement,
     )
 }  # fmt: skip

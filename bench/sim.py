@@ -12,8 +12,9 @@ time. Every policy sees the same programs and the same arrivals, scaled to the r
 "Rate at equal latency" is the largest rate at which the mean program token latency stays below a
 level, over that of fcfs: the paper's throughput. The paper names no level for it. We show two that
 are multiples of the unloaded latency (fcfs at the lowest load), and 300 ms per token, the tightest
-objective of its Fig. 15. A load above 1 is sustained only as long as arrivals last: the longer
-they do, the earlier every policy crosses a level there.
+objective of its Fig. 15. Beside them stands the largest ratio at any level that the baseline
+crosses, and the lowest level at which the asked one is reached, if any. A load above 1 is sustained
+only as long as arrivals last: the longer they do, the earlier every policy crosses a level there.
 
 The last line of stdout is one JSON object (DESIGN section 11).
 """
@@ -26,10 +27,10 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from autellix_sglang.config import ProgramConfig, add_arguments, from_arguments
 from autellix_sglang.core.policy import POLICIES
@@ -52,7 +53,9 @@ HEADLINE: Final = "4x"
 MINUTES: Final = 20.0
 QUICK_MINUTES: Final = 5.0
 LOADS: Final = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0)
-QUICK_LOADS: Final = (0.5, 0.8, 1.0, 1.2, 1.5, 2.0)
+QUICK_LOADS: Final = (0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
+LOWEST_LEVEL: Final = 1.5  # times the unloaded latency: below it curves are flat, ratios luck
+NUM_LEVELS: Final = 200  # latency levels that are tried for the largest ratio
 QUICK_POLICIES: Final = ("fcfs", "mlfq", "plas")
 # What issue 6 asks for: workload -> least ratio of rates against fcfs, against mlfq.
 BARS: Final = {
@@ -121,7 +124,9 @@ def _busy_s(setup: Setup, plan: Blueprint) -> float:
         decode = device.decode_s / setup.num_slots + device.decode_call_s
         total += call.output_tokens * (decode + device.decode_kv_s * context)
         total += device.prefill_token_s * fresh
-        total += device.prefill_pair_s * attention_pairs(call.prompt_tokens - fresh, fresh)
+        num_cached = call.prompt_tokens - fresh
+        total += device.prefill_pair_s * attention_pairs(num_cached, fresh)
+        total += device.prefill_cached_pair_s * attention_pairs(0, num_cached)
     return total
 
 
@@ -139,6 +144,39 @@ def rate_at(curve: Mapping[float, float], level: float) -> float | None:
             share = math.log(level / below) / math.log(above / below)
             return low + share * (high - low)
     return math.inf
+
+
+class Ratio(NamedTuple):
+    """A rate over another at a latency level; `is_least` where only the other one crosses it."""
+
+    value: float
+    is_least: bool
+    level_ms: float
+
+    def __str__(self) -> str:
+        return f"{'> ' if self.is_least else ''}{self.value:.3g}"
+
+
+def ratio_at(
+    mine: Mapping[float, float], theirs: Mapping[float, float], level_ms: float
+) -> Ratio | None:
+    """None where the other curve does not cross the level within the loads."""
+    at, other = rate_at(mine, level_ms), rate_at(theirs, level_ms)
+    if at is None or other is None or other == math.inf:
+        return None
+    if at == math.inf:
+        return Ratio(max(mine) / other, True, level_ms)
+    return Ratio(at / other, False, level_ms)
+
+
+def ratios(mine: Mapping[float, float], theirs: Mapping[float, float]) -> list[Ratio]:
+    """At every level that the other curve crosses, from `LOWEST_LEVEL` up."""
+    low, high = LOWEST_LEVEL * min(theirs.values()), max(theirs.values())
+    if low >= high:
+        return []
+    levels = (low * (high / low) ** (i / NUM_LEVELS) for i in range(NUM_LEVELS + 1))
+    found = (ratio_at(mine, theirs, level_ms) for level_ms in levels)
+    return [ratio for ratio in found if ratio is not None]
 
 
 # --- one workload -------------------------------------------------------------------------------
@@ -170,26 +208,19 @@ class Curves:
         multiples = {f"{multiple:g}x": multiple * unloaded for multiple in MULTIPLES}
         return {**multiples, f"{PAPER_LEVEL_MS:g} ms": PAPER_LEVEL_MS}
 
+    def ratio_at(self, policy: str, baseline: str, level: str) -> Ratio | None:
+        """Rate over the baseline's at a level; None where the baseline does not cross it."""
+        mine, theirs = self.latency_curve(policy), self.latency_curve(baseline)
+        return ratio_at(mine, theirs, self.levels_ms[level])
+
     def ratio(self, policy: str, baseline: str, level: str) -> float | None:
-        """Rate over the baseline's at a level; None where one of the curves does not cross it."""
-        at_ms = self.levels_ms[level]
-        mine = rate_at(self.latency_curve(policy), at_ms)
-        theirs = rate_at(self.latency_curve(baseline), at_ms)
-        if mine is None or theirs is None or math.inf in (mine, theirs):
-            return None
-        return mine / theirs
+        """The same; None where one of the curves does not cross the level."""
+        found = self.ratio_at(policy, baseline, level)
+        return None if found is None or found.is_least else found.value
 
-    def least_ratio(self, policy: str, baseline: str, level: str) -> float | None:
-        """What `ratio` exceeds where only the baseline crosses the level within the loads."""
-        at_ms = self.levels_ms[level]
-        theirs = rate_at(self.latency_curve(baseline), at_ms)
-        is_beyond = rate_at(self.latency_curve(policy), at_ms) == math.inf
-        return max(self.by_load) / theirs if is_beyond and theirs not in (None, math.inf) else None
-
-    def shown(self, policy: str, baseline: str, level: str) -> object:
-        """The ratio, or `> least`, for a table."""
-        least = self.least_ratio(policy, baseline, level)
-        return self.ratio(policy, baseline, level) if least is None else f"> {least:.3g}"
+    def ratios(self, policy: str, baseline: str) -> list[Ratio]:
+        """At every level that the baseline crosses, from the lowest up."""
+        return ratios(self.latency_curve(policy), self.latency_curve(baseline))
 
 
 def compare(
@@ -282,8 +313,9 @@ def crossing_rows(curves: Curves) -> list[list[object]]:
         for policy in curves.policies:
             share = rate_at(curves.latency_curve(policy), at_ms)
             crossed = "never" if share == math.inf else share
-            ratios = [curves.shown(policy, baseline, level) for baseline in _baselines(curves)]
-            rows.append([f"{level} = {at_ms:.0f} ms", policy, crossed, *ratios])
+            over = [curves.ratio_at(policy, other, level) for other in _baselines(curves)]
+            cells = [None if ratio is None else str(ratio) for ratio in over]
+            rows.append([f"{level} = {at_ms:.0f} ms", policy, crossed, *cells])
     return rows
 
 
@@ -293,51 +325,69 @@ def _baselines(curves: Curves) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One bar of issue 6 and the best attained-service policy's ratio at each level.
+    """One bar of issue 6, and the best attained-service policy's ratio at each level.
 
-    `beyond` holds what the ratio exceeds at levels that the policy does not cross within the loads.
+    `largest` is its largest ratio at any level that the baseline crosses, `reached` the one at the
+    lowest level where it is what the bar asks for.
     """
 
     workload: str
     against: str
-    least: float
-    ratios: dict[str, float | None]
-    beyond: dict[str, float | None]
+    asked: float
+    by_level: dict[str, Ratio | None]
+    largest: Ratio | None
+    reached: Ratio | None
 
     @property
     def verdict(self) -> str:
-        """`open` where no ratio reaches the bar and a crossing lies beyond the loads."""
-        known = [r for r in (*self.ratios.values(), *self.beyond.values()) if r is not None]
-        if any(ratio >= self.least for ratio in known):
+        """Of the named levels: `open` where a crossing beyond the loads could still reach it."""
+        known = [ratio for ratio in self.by_level.values() if ratio is not None]
+        if any(ratio.value >= self.asked for ratio in known):
             return "met"
-        is_open = not known or any(least is not None for least in self.beyond.values())
+        is_open = not known or any(ratio.is_least for ratio in known)
         return "open" if is_open else "missed"
 
     def row(self) -> list[object]:
-        cells = [
-            ratio if self.beyond[level] is None else f"> {self.beyond[level]:.3g}"
-            for level, ratio in self.ratios.items()
-        ]
-        return [self.workload, self.against, self.least, *cells, self.verdict]
+        cells = [None if ratio is None else str(ratio) for ratio in self.by_level.values()]
+        largest = f"{self.largest} at {self.largest.level_ms:.0f} ms" if self.largest else None
+        reached = f"{self.reached.level_ms:.0f} ms" if self.reached else "nowhere"
+        return [
+            self.workload, self.against, self.asked, *cells, self.verdict, largest, reached
+        ]  # fmt: skip
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "workload": self.workload,
+            "against": self.against,
+            "asked": self.asked,
+            "by_level": {name: _json(ratio) for name, ratio in self.by_level.items()},
+            "largest": _json(self.largest),
+            "reached": _json(self.reached),
+            "verdict": self.verdict,
+        }
+
+
+def _json(ratio: Ratio | None) -> dict[str, Any] | None:
+    return None if ratio is None else ratio._asdict()
 
 
 def bars(by_workload: Mapping[str, Curves], policies: Sequence[str]) -> list[Bar]:
     found = []
     for workload, curves in by_workload.items():
-        for against, least in zip(_baselines(curves), BARS.get(workload, ()), strict=False):
-            ratios, beyond = (
-                {
-                    level: _best(measure(policy, against, level) for policy in policies)
-                    for level in curves.levels_ms
-                }
-                for measure in (curves.ratio, curves.least_ratio)
-            )
-            found.append(Bar(workload, against, least, ratios, beyond))
+        for against, asked in zip(_baselines(curves), BARS.get(workload, ()), strict=False):
+            by_level = {
+                level: best(curves.ratio_at(policy, against, level) for policy in policies)
+                for level in curves.levels_ms
+            }
+            everywhere = [r for policy in policies for r in curves.ratios(policy, against)]
+            reached = [ratio for ratio in everywhere if ratio.value >= asked]
+            lowest = min(reached, key=lambda ratio: ratio.level_ms, default=None)
+            found.append(Bar(workload, against, asked, by_level, best(everywhere), lowest))
     return found
 
 
-def _best(ratios: Iterable[float | None]) -> float | None:
-    return max((ratio for ratio in ratios if ratio is not None), default=None)
+def best(found: Iterable[Ratio | None]) -> Ratio | None:
+    return max((ratio for ratio in found if ratio is not None), default=None)
 
 
 def print_workload(name: str, curves: Curves) -> None:
@@ -350,10 +400,11 @@ def print_workload(name: str, curves: Curves) -> None:
 
 
 def print_bars(found: Sequence[Bar]) -> None:
-    levels = list(found[0].ratios)
+    levels = list(found[0].by_level)
     rows = [bar.row() for bar in found]
     print("\nbest attained-service policy: rate over the baseline's at each level\n")
-    print(format_table(["workload", "against", "bar", *levels, "verdict"], rows))
+    header = ["workload", "against", "bar", *levels, "verdict", "largest", "bar reached at"]
+    print(format_table(header, rows))
 
 
 def as_json(by_workload: Mapping[str, Curves], found: Sequence[Bar]) -> dict[str, Any]:
@@ -373,7 +424,7 @@ def as_json(by_workload: Mapping[str, Curves], found: Sequence[Bar]) -> dict[str
             }
             for key in ("program_token_latency_ms", "program_response_s", "longest_decile_ratio")
         },
-        "bars": [asdict(bar) | {"verdict": bar.verdict} for bar in found],
+        "bars": [bar.as_json() for bar in found],
         "validation": validation(),
     }
 

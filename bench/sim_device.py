@@ -1,9 +1,14 @@
 """How long a batch takes, and how much KV fits: the simulator's only knowledge of hardware.
 
 A decode step takes `decode_s + decode_call_s * batch + decode_kv_s * context`, a prefill batch
-`max(prefill_min_s, prefill_token_s * new tokens + prefill_pair_s * attention pairs) + overhead_s`.
+`max(prefill_min_s, work) + overhead_s` with a work of `prefill_token_s * new tokens +
+prefill_pair_s * attention pairs + prefill_cached_pair_s * pairs inside what is cached`. The last
+term is there for SGLang's `torch_native` attention, which works out the whole sequence again and
+throws the cached part away; kernels of GPUs do not, and it is 0 for them. `call_s` is what a call
+takes before and after the engine (HTTP, tokenizer, client), one call after another beside the
+engine: 0 in the presets, a stated assumption, small beside the seconds that a call takes there.
 The coefficients come from a roofline of published figures (`PRESETS`) or from measured points
-(`fit_decode`, `fit_prefill`).
+(`fitted`).
 
 Sources of the preset numbers:
 
@@ -53,6 +58,8 @@ class Device:
     overhead_s: float
     copy_token_s: float
     kv_tokens: int
+    prefill_cached_pair_s: float = 0.0
+    call_s: float = 0.0
 
     def decode_time_s(self, batch: int, context: int, steps: int = 1) -> float:
         """`steps` decode steps in a row; `context` are the KV tokens read by the first."""
@@ -69,9 +76,13 @@ class Device:
         root = (math.sqrt(linear * linear + 4 * square * seconds) - linear) / (2 * square)
         return max(1, math.ceil(root - 1e-9))
 
-    def prefill_time_s(self, tokens: int, pairs: float) -> float:
-        """A prefill batch of `tokens` new tokens that attend to `pairs` positions in all."""
+    def prefill_time_s(self, tokens: int, pairs: float, cached_pairs: float = 0.0) -> float:
+        """A prefill batch of `tokens` new tokens that attend to `pairs` positions in all.
+
+        `cached_pairs` are those of the tokens before them among themselves.
+        """
         work = self.prefill_token_s * tokens + self.prefill_pair_s * pairs
+        work += self.prefill_cached_pair_s * cached_pairs
         return self.overhead_s + max(self.prefill_min_s, work)
 
     @property
@@ -150,37 +161,56 @@ PRESETS: Final[dict[str, Device]] = {
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One measured batch. Decode: calls, KV tokens read. Prefill: new tokens, attention pairs."""
+    """One measured batch. Decode: calls, KV tokens read. Prefill: new tokens, attention pairs.
+
+    `cached` are the attention pairs among the tokens that a prefill batch found in the cache.
+    """
 
     count: float
     reach: float
     seconds: float
+    cached: float = 0.0
 
 
-def fit(points: Sequence[Point]) -> tuple[float, float, float]:
-    """Least-squares `(fixed, per count, per reach)` seconds, none of them negative.
+def fit(points: Sequence[Point]) -> tuple[float, float, float, float]:
+    """`(fixed, per count, per reach, per cached)` seconds, none of them negative.
 
-    Raises `ValueError` with fewer than three points. A coefficient that would be negative is
-    noise: it is set to 0 and the others are fitted without it.
+    Least squares of the relative errors. Raises `ValueError` with fewer than three points. A
+    coefficient that would be negative is noise: it is set to 0 and the others are fitted without.
     """
     if len(points) < 3:
         raise ValueError(f"a fit of three numbers needs three points or more, got {len(points)}")
-    matrix = np.array([[1.0, p.count, p.reach] for p in points])
-    seconds = np.array([p.seconds for p in points])
-    used = [0, 1, 2]
+    matrix = np.array([[1.0, p.count, p.reach, p.cached] for p in points])
+    matrix /= np.array([[p.seconds] for p in points])
+    used = [column for column in range(4) if matrix[:, column].any()]
     while used:
-        found, *_ = np.linalg.lstsq(matrix[:, used], seconds, rcond=None)
+        found, *_ = np.linalg.lstsq(matrix[:, used], np.ones(len(points)), rcond=None)
         if found.min() >= 0:
             break
         del used[int(found.argmin())]
     by_column = dict(zip(used, found.tolist(), strict=True))
-    return (by_column.get(0, 0.0), by_column.get(1, 0.0), by_column.get(2, 0.0))
+    fixed, count, reach, cached = (by_column.get(column, 0.0) for column in range(4))
+    return fixed, count, reach, cached
 
 
-def fitted(name: str, decode: Sequence[Point], prefill: Sequence[Point], kv_tokens: int) -> Device:
-    """A device from measured batches; copies to the host are taken to be free of charge."""
-    decode_s, decode_call_s, decode_kv_s = fit(decode)
-    overhead_s, prefill_token_s, prefill_pair_s = fit(prefill)
+def fitted(
+    name: str,
+    decode: Sequence[Point],
+    lone: Sequence[Point],
+    kv_tokens: int,
+    short: Point | None = None,
+) -> Device:
+    """A device from measured batches; copies to the host are taken to be free of charge.
+
+    `lone` are prefill batches as a lone call sees them, `short` one as it delays a busy engine.
+    What the lone call takes beyond that is outside the engine; without `short`, nothing is.
+    """
+    decode_s, decode_call_s, decode_kv_s, _ = fit(decode)
+    lone_s, prefill_token_s, prefill_pair_s, prefill_cached_pair_s = fit(lone)
+    overhead_s = lone_s
+    if short is not None:
+        work_s = prefill_token_s * short.count + prefill_pair_s * short.reach
+        overhead_s = min(lone_s, max(0.0, short.seconds - work_s))
     return Device(
         name=name,
         decode_s=decode_s,
@@ -192,6 +222,8 @@ def fitted(name: str, decode: Sequence[Point], prefill: Sequence[Point], kv_toke
         overhead_s=overhead_s,
         copy_token_s=0.0,
         kv_tokens=kv_tokens,
+        prefill_cached_pair_s=prefill_cached_pair_s,
+        call_s=lone_s - overhead_s,
     )
 
 
@@ -203,11 +235,13 @@ def load_device(path: Path) -> Device:
     """The device fitted to a file of measured batches; raises `DeviceError` or `OSError`.
 
     The file is a JSON object: `name`, `kv_tokens`, `decode` with rows of [calls, KV tokens read,
-    seconds], and `prefill` with rows of [new tokens, attention pairs, seconds].
+    seconds], `prefill` with rows of [new tokens, attention pairs, seconds, pairs in the cache], the
+    last being optional, and `short`, one such row, which is optional, too (see `fitted`).
     """
     try:
         value = json.loads(path.read_text())
-        decode, prefill = ([Point(*row) for row in value[key]] for key in ("decode", "prefill"))
-        return fitted(str(value["name"]), decode, prefill, int(value["kv_tokens"]))
+        decode, lone = ([Point(*row) for row in value[key]] for key in ("decode", "prefill"))
+        short = Point(*value["short"]) if "short" in value else None
+        return fitted(str(value["name"]), decode, lone, int(value["kv_tokens"]), short)
     except (ValueError, TypeError, KeyError) as error:
         raise DeviceError(f"{path}: {type(error).__name__}: {error}") from error

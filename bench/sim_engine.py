@@ -220,6 +220,7 @@ class SimProgram:
     decoding: dict[Request, None] = field(default_factory=dict)  # an ordered set
     records: dict[int, CallRecord] = field(default_factory=dict)
     event_at: float = math.inf  # decode step at which it has to be looked at
+    sent_s: dict[int, float] = field(default_factory=dict)  # calls not at the engine at once
     served: tuple[float, float] = (0.0, 0.0)  # decayed service in tokens, and when (`las`)
 
 
@@ -317,6 +318,7 @@ class SimEngine:
         self._shared: dict[tuple[str, str | None, str | None, int], Node] = {}
         self._events: list[tuple[float, int, SimProgram]] = []  # heap by decode step
         self._agenda: list[tuple[float, int, SimProgram, int]] = []  # heap by time: calls to issue
+        self._sent_until_s = 0.0  # when the last call that was sent reaches the engine
         self._counter = itertools.count()
 
     def run(self, plans: Sequence[Blueprint], arrivals_s: Sequence[float]) -> Run:
@@ -367,16 +369,28 @@ class SimEngine:
     def _issue_due(self) -> None:
         while self._agenda and self._agenda[0][0] <= self.now_s:
             at_s, _, program, index = heapq.heappop(self._agenda)
-            self._issue(program, index, at_s)
+            if self.device.call_s and index not in program.sent_s:
+                self._send(program, index, at_s)
+            else:
+                self._issue(program, index, at_s)
+
+    def _send(self, program: SimProgram, index: int, at_s: float) -> None:
+        """A client sends a call: it reaches the engine after those sent before it."""
+        program.sent_s[index] = at_s
+        self._sent_until_s = max(self._sent_until_s, at_s) + self.device.call_s
+        entry = (self._sent_until_s, next(self._counter), program, index)
+        heapq.heappush(self._agenda, entry)
 
     def _issue(self, program: SimProgram, index: int, at_s: float) -> None:
         self._settle(program)  # the new call is placed by what its siblings have received so far
         trace_call = program.plan.trace.calls[index]
         leaf = self._prompt_leaf(program, program.plan.leaders[index])
         own_steps = program.plan.steps(index, self.weight) if self._is_clairvoyant else 0.0
+        issue_s = program.sent_s.get(index, at_s)
         request = Request(
-            program, index, leaf, leaf.end, max(1, trace_call.output_tokens), own_steps, at_s, at_s
-        )
+            program, index, leaf, leaf.end, max(1, trace_call.output_tokens), own_steps, issue_s,
+            at_s,
+        )  # fmt: skip
         if leaf.end + request.num_output > self.device.kv_tokens:
             raise ValueError(
                 f"call {trace_call.id} of program {program.plan.trace.id} needs"
@@ -561,16 +575,17 @@ class SimEngine:
 
     def _prefill(self) -> None:
         budget = self._chunk_tokens
-        num_tokens, num_pairs = 0, 0.0
+        num_tokens, num_pairs, num_cached_pairs = 0, 0.0, 0.0
         for request in self._prefilling:
             num_now = min(budget - num_tokens, request.num_missing)
             num_before = request.num_tokens - request.num_missing
             num_tokens += num_now
             num_pairs += attention_pairs(num_before, num_now)
+            num_cached_pairs += attention_pairs(0, num_before)
             request.num_missing -= num_now
             self._charge_prefill(request, num_before, num_now)
         self.num_prefilled += num_tokens
-        self.now_s += self.device.prefill_time_s(num_tokens, num_pairs)
+        self.now_s += self.device.prefill_time_s(num_tokens, num_pairs, num_cached_pairs)
         ready = [request for request in self._prefilling if request.num_missing == 0]
         for request in ready:
             self._begin_decoding(request)

@@ -5,9 +5,11 @@
 
 Without `--base-url` it starts a server with the flags after `--`. The engine must have nothing
 else to do. A decode step is timed as the difference between a batch that generates 33 tokens per
-call and the same batch that generates one, over 32; a prefill batch as one token after a prompt of
-so many tokens, which includes what any request costs. Every prompt is new, so nothing is cached.
-Each point is the median of `--repeats` rounds.
+call and the same batch that generates one, over 32. A prefill batch is timed as one token after a
+prompt of so many new tokens, or of some that an earlier prompt has left in the cache and some new
+ones; that is all that a lone call costs, HTTP and client included. Which part of it is in the
+engine's way is seen on an engine that is busy: how much later does a batch that decodes end for
+each short call that comes and goes meanwhile? Every point is the median of `--repeats` rounds.
 
 The last line of stdout is one JSON object: the points, and how far the fit is from them.
 """
@@ -21,7 +23,9 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Final
@@ -31,8 +35,14 @@ from bench.server import ServerError, policy_servers, server_info
 from bench.sim_device import Device, Point, attention_pairs, fitted
 
 BATCHES: Final = (1, 2, 4, 8, 12)
-CONTEXTS: Final = (16, 256)
-PROMPTS: Final = (16, 64, 256, 512, 1024)
+CONTEXTS: Final = (16, 1024)
+PROMPTS: Final = (  # tokens in the cache, new tokens
+    *((0, new) for new in (16, 64, 256, 512, 1024)),
+    *((cached, new) for cached in (256, 512, 1024) for new in (16, 128)),
+)
+BUSY_CALLS: Final = 4  # that decode while short calls come and go
+BUSY_STEPS: Final = 96
+SHORT_PROMPT: Final = 16
 EXTRA_STEPS: Final = 32
 TIMEOUT_S: Final = 120.0
 
@@ -54,56 +64,118 @@ def over_http(base_url: str) -> Generate:
     return generate
 
 
+@dataclass(frozen=True, slots=True)
+class Points:
+    """Measured batches: decode steps, lone calls, and a short call's cost to a busy engine."""
+
+    decode: tuple[Point, ...]
+    lone: tuple[Point, ...]
+    short: Point
+
+    def device(self, name: str, kv_tokens: int) -> Device:
+        return fitted(name, self.decode, self.lone, kv_tokens, self.short)
+
+    def as_json(self) -> dict[str, Any]:
+        """The keys that `bench.sim_device.load_device` reads."""
+        return {
+            "decode": _rows(self.decode),
+            "prefill": _rows(self.lone),
+            "short": _rows([self.short])[0],
+        }
+
+
+def _rows(points: Sequence[Point]) -> list[list[float]]:
+    return [[point.count, point.reach, point.seconds, point.cached] for point in points]
+
+
 class Prober:
-    """Times batches of fresh random prompts."""
+    """Times batches of fresh random prompts: all that the engine takes, once per round."""
 
-    def __init__(self, generate: Generate, repeats: int, seed: int = 0) -> None:
+    def __init__(
+        self, generate: Generate, max_batch: int, max_prompt: int, *, seed: int = 0
+    ) -> None:
         self._generate = generate
-        self._repeats = repeats
         self._rng = random.Random(seed)
+        self._batches = [batch for batch in BATCHES if batch <= max_batch]
+        self._contexts = [context for context in CONTEXTS if context <= max_prompt]
+        self._lone = [(cached, new) for cached, new in PROMPTS if cached + new <= max_prompt]
+        self._busy_calls = max(1, min(BUSY_CALLS, max_batch - 1))
+        self._decode(self._batches[-1], CONTEXTS[0])  # warms up
 
-    def decode(self, batch: int, num_prompt: int) -> Point:
+    def round(self) -> Points:
+        return Points(
+            tuple(self._decode(b, context) for context in self._contexts for b in self._batches),
+            tuple(self._prefill(cached, new) for cached, new in self._lone),
+            self._short(),
+        )
+
+    def _decode(self, batch: int, num_prompt: int) -> Point:
         """A decode step of `batch` calls, half way through the steps that are timed."""
+        few = self._generate(self._prompts(batch, num_prompt), 1)
+        many = self._generate(self._prompts(batch, num_prompt), 1 + EXTRA_STEPS)
         context = batch * (num_prompt + 1 + EXTRA_STEPS / 2)
-        return Point(batch, context, median(self._rounds(lambda: self._step_s(batch, num_prompt))))
+        return Point(batch, context, (many - few) / EXTRA_STEPS)
 
-    def prefill(self, num_prompt: int) -> Point:
-        """One prompt of this length, and its first token."""
-        seconds = median(self._rounds(lambda: self._timed(1, num_prompt, 1)))
-        return Point(num_prompt, attention_pairs(0, num_prompt), seconds)
+    def _prefill(self, num_cached: int, num_new: int) -> Point:
+        """One prompt with so many new tokens after cached ones, and its first token."""
+        (cached,) = self._prompts(1, num_cached)
+        if cached:
+            self._generate([cached], 1)
+        (new,) = self._prompts(1, num_new)
+        seconds = self._generate([cached + new], 1)
+        pairs = attention_pairs(num_cached, num_new)
+        return Point(num_new, pairs, seconds, attention_pairs(0, num_cached))
 
-    def _rounds(self, once: Callable[[], float]) -> list[float]:
-        return [once() for _ in range(self._repeats)]
+    def _short(self) -> Point:
+        """What each short call adds to the time of a batch that decodes."""
+        undisturbed = self._generate(self._busy(), BUSY_STEPS)
+        num_calls = 0
+        with ThreadPoolExecutor(1) as pool:
+            disturbed = pool.submit(self._generate, self._busy(), BUSY_STEPS)
+            while not disturbed.done():
+                self._generate(self._prompts(1, SHORT_PROMPT), 1)
+                num_calls += 1
+        seconds = max(0.0, disturbed.result() - undisturbed) / max(1, num_calls)
+        return Point(SHORT_PROMPT, attention_pairs(0, SHORT_PROMPT), seconds)
 
-    def _step_s(self, batch: int, num_prompt: int) -> float:
-        few = self._timed(batch, num_prompt, 1)
-        many = self._timed(batch, num_prompt, 1 + EXTRA_STEPS)
-        return (many - few) / EXTRA_STEPS
+    def _busy(self) -> list[list[int]]:
+        return self._prompts(self._busy_calls, SHORT_PROMPT)
 
-    def _timed(self, batch: int, num_prompt: int, num_output: int) -> float:
-        prompts = [[self._rng.randrange(256) for _ in range(num_prompt)] for _ in range(batch)]
-        return self._generate(prompts, num_output)
-
-
-def measure(
-    generate: Generate, repeats: int, max_batch: int, max_prompt: int
-) -> tuple[list[Point], list[Point]]:
-    """Decode and prefill points within what the engine takes; a first batch of each warms up."""
-    prober = Prober(generate, repeats)
-    batches = [batch for batch in BATCHES if batch <= max_batch]
-    prober.decode(batches[-1], CONTEXTS[0])
-    decode = [prober.decode(batch, context) for context in CONTEXTS for batch in batches]
-    return decode, [prober.prefill(num) for num in PROMPTS if num <= max_prompt]
+    def _prompts(self, batch: int, num_tokens: int) -> list[list[int]]:
+        return [[self._rng.randrange(256) for _ in range(num_tokens)] for _ in range(batch)]
 
 
-def errors(device: Device, decode: Sequence[Point], prefill: Sequence[Point]) -> list[float]:
+def medians(rounds: Sequence[Points]) -> Points:
+    """Every point of several rounds with its median time."""
+
+    def middle(points: Sequence[Point]) -> Point:
+        return replace(points[0], seconds=median(point.seconds for point in points))
+
+    return Points(
+        tuple(middle(points) for points in zip(*(r.decode for r in rounds), strict=True)),
+        tuple(middle(points) for points in zip(*(r.lone for r in rounds), strict=True)),
+        middle([r.short for r in rounds]),
+    )
+
+
+def measure(generate: Generate, repeats: int, max_batch: int, max_prompt: int) -> Points:
+    """All points within what the engine takes."""
+    prober = Prober(generate, max_batch, max_prompt)
+    return medians([prober.round() for _ in range(repeats)])
+
+
+def errors(device: Device, points: Points) -> list[float]:
     """The fit over each measured time, less one."""
-    steps = [device.decode_time_s(int(p.count), int(p.reach)) / p.seconds - 1 for p in decode]
-    return steps + [device.prefill_time_s(int(p.count), p.reach) / p.seconds - 1 for p in prefill]
+    pairs = [
+        *((p, device.decode_time_s(int(p.count), int(p.reach))) for p in points.decode),
+        *((p, device.call_s + _prefill_time_s(device, p)) for p in points.lone),
+        (points.short, _prefill_time_s(device, points.short)),
+    ]
+    return [seconds / point.seconds - 1 if point.seconds else 0.0 for point, seconds in pairs]
 
 
-def as_rows(points: Sequence[Point]) -> list[list[float]]:
-    return [[point.count, point.reach, point.seconds] for point in points]
+def _prefill_time_s(device: Device, point: Point) -> float:
+    return device.prefill_time_s(int(point.count), point.reach, point.cached)
 
 
 # --- command line -------------------------------------------------------------------------------
@@ -117,7 +189,7 @@ def parser() -> argparse.ArgumentParser:
     add("--name", default="measured", help="what to call the device (default: %(default)s)")
     add("--repeats", type=int, default=3, help="default: %(default)s")
     add("--max-batch", type=int, default=12, help="calls in a batch (default: %(default)s)")
-    add("--max-prompt", type=int, default=1024, help="longest prompt (default: %(default)s)")
+    add("--max-prompt", type=int, default=1280, help="longest prompt (default: %(default)s)")
     add("flags", nargs="*", help="flags for the server that is started")
     return out
 
@@ -136,29 +208,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ServerError, KeyError) as error:
             arguments.error(f"{base_url} does not tell its KV size: {error}")
         say(f"measuring {base_url}")
-        decode, prefill = measure(
+        points = measure(
             over_http(base_url), options.repeats, options.max_batch, options.max_prompt
         )
-    points = {
-        "name": options.name,
-        "kv_tokens": kv_tokens,
-        "decode": as_rows(decode),
-        "prefill": as_rows(prefill),
-    }
-    options.out.write_text(json.dumps(points, indent=1) + "\n")
-    return report(points, fitted(options.name, decode, prefill, kv_tokens), started)
+    result = {"name": options.name, "kv_tokens": kv_tokens, **points.as_json()}
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return report(result, points, points.device(options.name, kv_tokens), started)
 
 
-def report(points: dict[str, Any], device: Device, started: float) -> int:
-    decode, prefill = ([Point(*row) for row in points[key]] for key in ("decode", "prefill"))
-    found = errors(device, decode, prefill)
-    rows = [["decode", *row] for row in points["decode"]]
-    rows += [["prefill", *row] for row in points["prefill"]]
+def report(result: dict[str, Any], points: Points, device: Device, started: float) -> int:
+    found = errors(device, points)
+    rows = [["decode", *row] for row in result["decode"]]
+    rows += [["lone call", *row] for row in result["prefill"]]
+    rows += [["short call, busy engine", *result["short"]]]
     table = [[*row, error] for row, error in zip(rows, found, strict=True)]
-    print(format_table(["batch", "count", "reach", "seconds", "fit error"], table))
-    result = {**points, "mean_abs_fit_error": fmean(map(abs, found))}
-    result["prefill_weight"] = device.prefill_weight
-    print_result(result | provenance(started))
+    print(format_table(["batch", "count", "reach", "seconds", "cached", "fit error"], table))
+    fit = {
+        "mean_abs_fit_error": fmean(map(abs, found)),
+        "prefill_weight": device.prefill_weight,
+        "call_s": device.call_s,
+    }
+    print_result(result | fit | provenance(started))
     return 0
 
 

@@ -3,14 +3,18 @@
     python -m bench.sim_validate --quick
     python -m bench.sim_validate --trace chat.jsonl.gz --trace tree.jsonl.gz --policy plas
 
-Starts one server, measures its batches (`bench.sim_points`) and fits a device to them. Each trace
-is then replayed by the machinery of `bench.serve` at `--load` of the capacity that the simulator
-reckons, and simulated with the fitted device and the server's own settings. An error is the
-simulated number over the live one, less one. Without `--trace` the built-in chat, react and
-tree workloads are used.
+Starts one server, measures its batches and what a call costs outside them (`bench.sim_points`),
+and fits a device to that. Each trace is then replayed by the machinery of `bench.serve` at `--load`
+of the capacity that the simulator reckons. Because the speed of a shared machine drifts, batches
+are measured again after every trace, and the device that simulates a trace fits what was measured
+right before and right after it. The simulation has the server's own settings. An error is the
+simulated number over the live one, less one. The drift is by how much longer batches took after a
+trace than before it: where it is large, the machine was not the same, and the error says little.
+Nothing is fitted to the replays themselves. Without `--trace` the built-in chat, react and tree
+workloads are used.
 
-What the simulator is not told: how long HTTP, the client and the tokenizer take; how the engine
-overlaps its work. The fit contains the part of it that is there when a request runs alone.
+What the simulator is not told: how the engine overlaps its work with the client's on the same
+cores, and the tokens themselves (prefixes are shared by length).
 
 The last line of stdout is one JSON object; `bench.sim` shows `errors` of the file of results that
 `--save` writes.
@@ -21,6 +25,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -31,15 +36,15 @@ from typing import Any, Final
 from autellix_sglang.config import ProgramConfig
 from autellix_sglang.core.policy import POLICIES
 from bench import serve, synthetic, trace
-from bench.common import format_table, new_parser, print_result, provenance, say
+from bench.common import CpuMeter, format_table, new_parser, print_result, provenance, say
 from bench.replay import poisson_arrivals
 from bench.serve import ServeOptions
-from bench.server import Endpoint, ServerError, policy_servers, server_info
+from bench.server import Endpoint, Server, ServerError, policy_servers, server_info
 from bench.sim import Setup, capacity, simulate
-from bench.sim_device import Device, fitted
-from bench.sim_engine import blueprint
+from bench.sim_device import Device
+from bench.sim_engine import Blueprint, blueprint
+from bench.sim_points import Points, Prober, medians, over_http
 from bench.sim_points import errors as fit_errors
-from bench.sim_points import measure, over_http
 from bench.stats import Run, summarize
 from bench.trace import Mix, TraceProgram
 
@@ -48,8 +53,8 @@ BUILT_IN: Final = ("chat", "react", "tree")
 MEASURES: Final = ("program_token_latency_ms", "program_response_s")
 STATISTICS: Final = ("mean", "p95")
 CHUNK_TOKENS: Final = 8192  # where the server does not say
-FIT_REPEATS: Final = 3
-FIT_MAX_PROMPT: Final = 1024
+ROUNDS: Final = 2  # of measuring on either side of a trace
+FIT_MAX_PROMPT: Final = 1280
 
 Errors = dict[str, dict[str, float]]  # by measure and statistic
 
@@ -89,17 +94,64 @@ def setup_of(device: Device, options: argparse.Namespace, info: dict[str, Any]) 
     )
 
 
-def compare(
+class Gauge:
+    """Measures the live engine now and then, and knows the device that fits some of it."""
+
+    def __init__(self, server: Server, num_slots: int) -> None:
+        self._prober = Prober(over_http(server.base_url), num_slots, FIT_MAX_PROMPT)
+        self._rounds: list[Points] = []
+        self._kv_tokens = int(server_info(server.base_url)["max_total_num_tokens"])
+
+    def measure(self) -> None:
+        """One more round."""
+        say("measuring batches")
+        self._rounds.append(self._prober.round())
+
+    def drift(self) -> float:
+        """All times of the last `ROUNDS` rounds over those of the ones before, less one."""
+        before, after = self._rounds[-2 * ROUNDS : -ROUNDS], self._rounds[-ROUNDS:]
+        return _total_s(after) / _total_s(before) - 1
+
+    def latest(self, num_rounds: int) -> tuple[Device, list[float]]:
+        """The device that fits the last rounds, and how far it is from their points."""
+        points = medians(self._rounds[-num_rounds:])
+        device = points.device("measured", self._kv_tokens)
+        return device, fit_errors(device, points)
+
+
+def _total_s(rounds: Sequence[Points]) -> float:
+    points = medians(rounds)
+    return sum(point.seconds for point in (*points.decode, *points.lone))
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """A trace as it was replayed on the live engine."""
+
+    run: Run
+    plans: list[Blueprint]
+    arrivals_s: list[float]
+
+
+def replayed(
     endpoint: Endpoint, setup: Setup, mix: Mix, options: argparse.Namespace, number: int
-) -> Pair:
-    """Replay a mix on the server, and simulate the same arrivals."""
+) -> Replayed:
+    """Replay a mix on the server at the load asked for; raises `ServerError` if calls are lost."""
+    assert endpoint.server is not None
     plans = [blueprint(program) for program in mix.programs]
     rate = options.load * capacity(setup, plans)
     arrivals = poisson_arrivals(len(plans), rate, options.seed)
+    meter = CpuMeter([os.getpid(), endpoint.server.pid])
     run = serve.run_one(endpoint, mix, arrivals, serve_options(options), number)
-    simulated = simulate(setup, setup.scheduling(options.policy), plans, arrivals)
     require_complete(run)
-    return Pair(summarize(run), summarize(simulated))
+    run = dataclasses.replace(run, foreign_cores=meter.foreign_cores())
+    return Replayed(run, plans, arrivals)
+
+
+def pair_of(setup: Setup, policy: str, live: Replayed) -> Pair:
+    """Simulate the arrivals of a replay."""
+    run = simulate(setup, setup.scheduling(policy), live.plans, live.arrivals_s)
+    return Pair(summarize(live.run), summarize(run))
 
 
 def serve_options(options: argparse.Namespace) -> ServeOptions:
@@ -162,14 +214,17 @@ def validate(options: argparse.Namespace) -> dict[str, Any]:
     live = serve_options(options)
     flags = ["--max-running-requests", str(options.slots)]
     pairs: dict[str, Pair] = {}
+    devices: dict[str, Device] = {}
+    errors: dict[str, list[float]] = {}
+    drifts: dict[str, float] = {}
     with policy_servers([options.policy], flags) as endpoints:
         endpoint = endpoints[options.policy]
+        assert endpoint.server is not None
         base_url = endpoint.base_url
         info = dict(server_info(base_url))
-        say("measuring batches")
-        decode, prefill = measure(over_http(base_url), FIT_REPEATS, options.slots, FIT_MAX_PROMPT)
-        device = fitted("measured", decode, prefill, int(info["max_total_num_tokens"]))
-        setup = setup_of(device, options, info)
+        gauge = Gauge(endpoint.server, options.slots)
+        for _ in range(ROUNDS):
+            gauge.measure()
         for number, (name, programs) in enumerate(corpora_of(options).items()):
             mix = trace.sample(
                 [programs],
@@ -181,15 +236,27 @@ def validate(options: argparse.Namespace) -> dict[str, Any]:
             )
             if not pairs:
                 serve.warm_up([base_url], mix, live)
-            pairs[name] = compare(endpoint, setup, mix, options, number)
-    print(format_table(HEADER, [row for name in pairs for row in _rows(name, pairs[name])]))
+            before, _ = gauge.latest(ROUNDS)
+            live_run = replayed(endpoint, setup_of(before, options, info), mix, options, number)
+            for _ in range(ROUNDS):
+                gauge.measure()
+            devices[name], errors[name] = gauge.latest(2 * ROUNDS)
+            drifts[name] = gauge.drift()
+            setup = setup_of(devices[name], options, info)
+            pairs[name] = pair_of(setup, options.policy, live_run)
+    print(
+        format_table(
+            HEADER, [row for name in pairs for row in _rows(name, pairs[name], drifts[name])]
+        )
+    )
     return {
         "policy": options.policy,
         "load": options.load,
         "scale": options.scale,
         "slots": options.slots,
-        "device": dataclasses.asdict(device),
-        "fit_errors": fit_errors(device, decode, prefill),
+        "devices": {name: dataclasses.asdict(device) for name, device in devices.items()},
+        "fit_errors": errors,
+        "drift": drifts,
         "live": {name: pair.live for name, pair in pairs.items()},
         "simulated": {name: pair.simulated for name, pair in pairs.items()},
         "errors": {name: pair.errors for name, pair in pairs.items()},
@@ -198,13 +265,23 @@ def validate(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-HEADER: Final = ("trace", "measure", "statistic", "live", "simulated", "error")
+HEADER: Final = (
+    "trace",
+    "measure",
+    "statistic",
+    "live",
+    "simulated",
+    "error",
+    "others' cores",
+    "drift",
+)
 
 
-def _rows(name: str, pair: Pair) -> list[list[object]]:
+def _rows(name: str, pair: Pair, drift: float) -> list[list[object]]:
     return [
         [name, measure, statistic, pair.live[measure][statistic],
-         pair.simulated[measure][statistic], pair.errors[measure][statistic]]
+         pair.simulated[measure][statistic], pair.errors[measure][statistic],
+         pair.live["foreign_cores"], drift]
         for measure in MEASURES
         for statistic in STATISTICS
     ]  # fmt: skip

@@ -6,12 +6,12 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from bench import charts, paper, synthetic
+from bench import charts, paper, paper_validation, synthetic
 from bench.charts import Series
 from bench.paper import FIGURES, Store, render, run_cells
 from bench.paper_base import VERDICTS, Size, Sweep
 from bench.paper_engine import PAPER_WAITS, _fig2_srpt, _fig2_timeline
-from bench.paper_runs import cell, load_run, offline, swap, without_cache
+from bench.paper_runs import cell, load_run, offline, starvation, swap, without_cache
 
 TINY = Size(
     minutes=0.5,
@@ -25,6 +25,7 @@ TINY = Size(
     offline=(20,),
     swap_minutes=0.5,
     swap_loads=(1.5,),
+    starvation_minutes=2.0,
     passes=1,
     chats=4,
     searches=2,
@@ -49,8 +50,8 @@ def test_a_figure_simulates_draws_and_says_whether_it_agrees(number, store):
     assert found.verdict in VERDICTS
     assert any(found.charts)
     assert all(len(row) == len(found.header) for row in found.rows) and found.rows
-    assert any("paper" in name for name in found.header)
-    assert any("srpt" in name.lower() for name in found.header)
+    table = " ".join(str(cell) for row in (found.header, *found.rows) for cell in row)
+    assert "paper" in table and "srpt" in table.lower()
     assert re.search(r"\d", found.answer) and "nan" not in found.answer
     json.dumps(found.data, allow_nan=False)
     html = render([(figure, found)], {"size": {}})
@@ -124,9 +125,11 @@ def test_rates_at_equal_latency_are_bounded_where_a_curve_does_not_cross():
     assert sweep.capacity == 3.0
     assert sweep.levels_ms() == {"2x": 20.0, "4x": 40.0, "300 ms": 300.0, "500 ms": 500.0,
                                  "1000 ms": 1000.0}  # fmt: skip
-    assert sweep.ratio("a", "fcfs", "2x") == (2.0, True, "2x")
-    assert sweep.ratio("fcfs", "b", "2x") is None
-    assert str(sweep.best("b", "fcfs")) == "> 2.00"
+    largest = sweep.best("a", "fcfs")
+    assert largest == (pytest.approx(2.0), False, pytest.approx(20.0, rel=0.01))
+    assert str(sweep.best("b", "fcfs")) == "> 2.52"
+    assert sweep.ratios("fcfs", "b") == []
+    assert sweep.at_paper_level("a", "fcfs") is None
     assert sweep.best("fcfs", "fcfs").value == pytest.approx(1.0)
 
 
@@ -159,6 +162,33 @@ def test_an_unknown_figure_is_refused_by_name(capsys):
         paper.parser().parse_args(["--figures", "2,99"])
 
     assert "unknown figure 99" in capsys.readouterr().err
+
+
+def test_promotion_keeps_its_promise_and_nothing_else_does():
+    """On four slots in a stable run: with beta no program is owed more, without it one is."""
+    size = {"workload": "react", "load": 0.9, "minutes": 20.0, "slots": 4}
+    on, off = (starvation(beta=beta, **size) for beta in (8.0, 0.0))
+
+    assert on["worst"] <= 1.0 < off["worst"]
+    assert on["promotions"] > 0 == off["promotions"]
+    assert all(waited > 0 for _, waited in on["points"])
+
+
+def test_the_page_says_how_far_the_simulator_is_from_the_live_engine():
+    """One row per trace and load, with the errors as they were saved."""
+    summary = {"program_token_latency_ms": {"mean": 10.0, "p95": 20.0}}
+    result = {
+        "load": 0.8,
+        "live": {"chat": summary},
+        "simulated": {"chat": summary},
+        "errors": {"chat": {"program_token_latency_ms": {"mean": -0.04, "p95": 0.2}}},
+        "within": {"chat": False},
+    }
+    html = paper_validation.section([result])
+
+    assert "0 of 1 runs" in html and "largest error is 20 %" in html
+    assert "-4 %" in html and "+20 %" in html
+    assert paper_validation.section([]) == ""
 
 
 def test_charts_leave_out_what_cannot_be_drawn():

@@ -43,7 +43,9 @@ def test_bars_name_the_best_policy_at_each_level():
     curves = curves_of(fcfs=fcfs, plas=plas, atlas=atlas)
     (bar,) = bars({"chat": curves}, ["plas", "atlas"])
 
-    assert bar.ratios == {"2x": pytest.approx(1.5), "4x": None, "300 ms": None}
+    assert bar.by_level["2x"] == (pytest.approx(1.5), False, 20.0)
+    assert str(bar.by_level["4x"]) == "> 1.33"
+    assert bar.by_level["300 ms"] is None
     assert bar.verdict == "open"
 
 
@@ -52,8 +54,19 @@ def test_a_policy_that_never_crosses_a_level_has_a_least_ratio():
     curves = curves_of(fcfs=[10, 20, 40, 80], plas=[10, 11, 12, 13])
     (bar,) = bars({"mixed": curves}, ["plas"])
 
-    assert bar.beyond["2x"] == pytest.approx(2.0)
-    assert bar.row() == ["mixed", "fcfs", 4.0, "> 2", "> 1.33", None, "open"]
+    assert bar.by_level["2x"] == (pytest.approx(2.0), True, 20.0)
+    assert bar.row() == ["mixed", "fcfs", 4.0, "> 2", "> 1.33", None, "open", "> 2.52 at 15 ms",
+                         "nowhere"]  # fmt: skip
+
+
+def test_a_bar_says_at_which_level_it_is_reached():
+    """At 39 ms stock order is just below load 1.5 and the policy at 3: twice the rate."""
+    curves = curves_of(fcfs=[10, 160, 640, 640], plas=[10, 20, 39, 320])
+    (bar,) = bars({"chat": curves}, ["plas"])
+
+    assert bar.reached.value >= 2.0
+    assert bar.reached.level_ms == pytest.approx(39, rel=0.05)
+    assert bar.largest.value >= bar.reached.value
 
 
 def test_load_one_is_where_stock_order_begins_to_queue():

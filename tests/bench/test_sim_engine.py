@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from autellix_sglang.config import ProgramConfig
+from bench.sim_device import attention_pairs
 from bench.sim_engine import BASELINES, Kv, Scheduling, SimEngine, blueprint
 from bench.synthetic import corpora
 from bench.testing import UNIT_DEVICE as UNIT
@@ -59,6 +60,34 @@ def test_a_continued_history_is_not_prefilled_again():
 
     assert finish == [[6.0, 6.0 + 10.0 + 2.0]]
     assert engine.num_recomputed == 0
+
+
+def test_calls_reach_the_engine_one_after_another():
+    """Each spends half a second outside; two at once and the second is half a second later still.
+
+    Such time is not waiting in the engine's queue, and a followed call takes it again.
+    """
+    device = dataclasses.replace(UNIT, call_s=0.5)
+    engine = SimEngine(device, scheduling("fcfs", prefill_weight=1.0), num_slots=2)
+    plans = [blueprint(chain("a", (1, 2), (1, 1))), blueprint(chain("b", (1, 2)))]
+    first, second = engine.run(plans, [0.0, 0.0]).programs
+    issued = [call.issue_s for call in (*first.calls, *second.calls)]
+
+    # a: prefilled 0.5 to 1.5; b comes at 1.0: prefilled 1.5 to 2.5, both decode until 3.5
+    assert [call.finish_s for call in first.calls] == [3.5, 5.0]
+    assert [call.finish_s for call in second.calls] == [3.5]
+    assert issued == [0.0, 3.5, 0.0]
+    assert [call.queue_s for call in second.calls] == [0.5]
+
+
+def test_what_is_cached_costs_only_where_attention_works_it_out_again():
+    """A call after 5 cached tokens: 15 pairs at a tenth of a second each, on such a device."""
+    again = dataclasses.replace(UNIT, prefill_cached_pair_s=0.1)
+    programs = [chain("a", (3, 2), (2, 1))]
+    _, [[_, without]] = run("fcfs", programs)
+    _, [[_, more]] = run("fcfs", programs, device=again)
+
+    assert more - without == pytest.approx(0.1 * attention_pairs(0, 5))
 
 
 def test_first_come_first_served_waits_for_the_slot():
