@@ -52,11 +52,11 @@ class ProgramConfig:
     )
     kv: str = _setting(
         "keep",
-        "KV cache of preempted calls: keep (evictable), swap to host memory, drop, or auto, by "
-        "cost; mixed is for tests",
+        "KV cache of preempted calls: keep (evictable), backup (keep, and copy to host memory), "
+        "swap to host memory, drop, or auto (keep or backup, by cost); mixed is for tests",
     )
     kv_break_even: int = _setting(
-        0, "tokens from which 'auto' prefers swapping to recomputing; 0 measures it at start"
+        0, "tokens from which 'auto' makes a backup; 0 measures where that pays at start"
     )
     host_memory: float = _setting(
         -1.0,

@@ -10,7 +10,8 @@ the answer to the same prompt on the idle server; at the end nothing may be left
 
 All choices come from `--seed`; how they fall together does not, for the engine is real. With
 `--no-model` it is not: then the same kinds of events happen to the swap manager on SGLang's own
-cache (`bench.swap_rig`), so many minutes of steps of 25 ms, and a seed says it all.
+cache (`bench.swap_rig`), so many minutes of steps of 25 ms, and a seed says it all. With `--device
+cuda` that cache and the host pool are those of a GPU, and the kernel moves the rows.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     started = time.perf_counter()
     if options.no_model:
-        print_result({**_without_model(options.seed, options.minutes), **provenance(started)})
+        result = _without_model(options.seed, options.minutes, options.device)
+        print_result({**result, **provenance(started)})
         return 0
     with _server(options) as server:
         found = asyncio.run(_Chaos(server, options.seed, options.minutes * 60).run())
@@ -89,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = new_parser("bench.chaos", __doc__)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--no-model", action="store_true", help="no engine: see above")
+    parser.add_argument("--device", default="cpu", help="of the KV pool, with --no-model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kv-tokens", type=int, default=480, help="KV pool of the engine")
     parser.add_argument("--host-memory", type=float, default=0.004, help="GiB of host pool")
@@ -98,13 +101,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _without_model(seed: int, minutes: float) -> dict[str, Any]:
+def _without_model(seed: int, minutes: float, device: str) -> dict[str, Any]:
     """Counts of what happened; raises `AssertionError` for anything that must not."""
     from bench.swap_rig import STEP_S, Chaos, sglang_settings
 
     num_steps = round(minutes * 60 / STEP_S)
     with sglang_settings():
-        return {"minutes": minutes, "steps": num_steps, **Chaos(seed).run(num_steps)}
+        found = Chaos(seed, device=device).run(num_steps)
+    return {"minutes": minutes, "steps": num_steps, **found}
 
 
 def _server(options: Any) -> Server:

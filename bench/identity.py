@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import shlex
 import sys
 import time
@@ -59,7 +60,9 @@ OVERCOMMIT = {
     "SGLANG_TEST_RETRACT": "1",
     "SGLANG_TEST_RETRACT_INTERVAL": "9",
 }
-SUMS = ("retractions", "swaps_out", "swaps_in", *LEAKS)
+SWAPS = ("swaps_out", "swaps_in", "prefetches", "prefetch_hits")
+SUMS = ("retractions", *SWAPS, *LEAKS)
+OVERLAPS = {"both": (True, False), "on": (True,), "off": (False,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,10 @@ class Result:
     recomputed_tokens: int | None = None
     swaps_out: int = 0
     swaps_in: int = 0
+    prefetches: int = 0
+    prefetch_hits: int = 0
     retractions: int = 0
+    ranks_agree: bool = True
     leaked_programs: int = 0
     leaked_kv_tokens: int = 0
     leaked_host_bytes: int = 0
@@ -86,16 +92,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     num_programs = options.programs or (18 if options.quick else 60)
     programs = _workload(num_programs, options.scale, options.seed)
     flags = ["--dtype", "float32", "--max-running-requests", str(options.max_running_requests)]
-    flags += ["--max-total-tokens", str(options.kv_tokens), *options.server_args]
+    flags += ["--max-total-tokens", str(options.kv_tokens), "--tp", str(options.tp)]
+    flags += options.server_args
     own = ["--program-kv", options.kv, "--program-host-memory", str(options.host_memory)]
     own += ["--program-kv-break-even", "1"]  # nothing to measure at start
-    with _servers(flags, own) as servers:
+    with _servers(flags, own, options) as servers:
         results = list(_run_all(servers, programs, options))
     summary = _summary(results, options.kv)
     print(_table(results))
     print_result({**summary, **provenance(started)})
     is_clean = not any(summary[key] for key in (*LEAKS, "lost"))
-    return 0 if summary["identical"] and is_clean else 1
+    return 0 if summary["identical"] and summary["ranks_agree"] and is_clean else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,6 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--host-memory", type=float, default=0.25, help="GiB of host pool on each engine"
     )
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of each engine")
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
+    parser.add_argument("--overlap", choices=OVERLAPS, default="both", help="overlap scheduling")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--server-args", type=shlex.split, default=[], help="more SGLang flags, in one string"
@@ -125,21 +135,22 @@ def _workload(num_programs: int, scale: float, seed: int) -> tuple[TraceProgram,
 
 @contextmanager
 def _servers(
-    flags: Sequence[str], program_flags: Sequence[str]
+    flags: Sequence[str], program_flags: Sequence[str], options: Any
 ) -> Iterator[dict[tuple[str, bool], Server]]:
     """Stock and program server, each with overlap scheduling on and off, started side by side."""
     directory = Path(mkdtemp(prefix="autellix-identity-"))
+    env = OVERCOMMIT | _core_binding(options.tp)
     with ExitStack() as stack:
         servers = {}
         for kind in ("off", "plas"):
-            for overlap in (True, False):
+            for overlap in OVERLAPS[options.overlap]:
                 port = free_port()
                 own = [*flags, *([] if overlap else ["--disable-overlap-schedule"])]
                 if kind != "off":
                     own += ["--program-prefill-weight", "0.02", *program_flags]
                 name = f"{kind}-{'overlap' if overlap else 'normal'}"
                 command = launch_command(kind, port, own)
-                server = Server(name, command, port, directory, OVERCOMMIT)
+                server = Server(name, command, port, directory, env)
                 stack.callback(server.stop)
                 server.start()
                 servers[kind, overlap] = server
@@ -149,12 +160,21 @@ def _servers(
         yield servers
 
 
+def _core_binding(num_ranks: int) -> dict[str, str]:
+    """On a CPU, SGLang wants a NUMA node or a list of cores for each rank; a GPU ignores it."""
+    if num_ranks == 1:
+        return {}
+    cores = sorted(os.sched_getaffinity(0))
+    binding = (str(cores[rank % len(cores)]) for rank in range(num_ranks))
+    return {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(binding)}
+
+
 def _run_all(
     servers: dict[tuple[str, bool], Server], programs: Sequence[TraceProgram], options: Any
 ) -> Iterator[Result]:
     num_calls = sum(len(program.calls) for program in programs)
-    for overlap in (True, False):
-        for policy in ("off", *POLICIES):
+    for overlap in OVERLAPS[options.overlap]:
+        for policy in ("off", *options.policies):
             server = servers["off" if policy == "off" else "plas", overlap]
             with Progress(f"{policy}, overlap {overlap}", num_calls) as progress:
                 yield _run(server, policy, overlap, programs, options.seed, progress)
@@ -191,9 +211,9 @@ def _run(
         after["num_preemptions"] - before["num_preemptions"],
         lost,
         recomputed_tokens=after["recomputed_tokens"] - before["recomputed_tokens"],
-        swaps_out=after["swaps_out"] - before["swaps_out"],
-        swaps_in=after["swaps_in"] - before["swaps_in"],
+        **{key: after[key] - before[key] for key in SWAPS},
         retractions=after["retracted_calls"] - before["retracted_calls"],
+        ranks_agree=all(state == after["ranks"][0] for state in after["ranks"]),
         **leaks(after),
     )
 
@@ -204,6 +224,7 @@ def _summary(results: Sequence[Result], kv: str) -> dict[str, Any]:
         "identical": len({result.hash for result in results}) == 1,
         **{key: sum(getattr(result, key) for result in own) for key in ("preemptions", *SUMS)},
         "lost": sum(result.lost for result in results),
+        "ranks_agree": all(result.ranks_agree for result in results),
         "runs": [
             {
                 "policy": result.policy,
@@ -212,8 +233,7 @@ def _summary(results: Sequence[Result], kv: str) -> dict[str, Any]:
                 "hash": result.hash,
                 "preemptions": result.preemptions,
                 "retractions": result.retractions,
-                "swaps_out": result.swaps_out,
-                "swaps_in": result.swaps_in,
+                **{key: getattr(result, key) for key in SWAPS},
                 "recomputed_tokens": result.recomputed_tokens,
             }
             for result in results
@@ -223,7 +243,7 @@ def _summary(results: Sequence[Result], kv: str) -> dict[str, Any]:
 
 def _table(results: Sequence[Result]) -> str:
     header = (
-        "policy", "overlap", "preemptions", "retractions", "swaps out", "swaps in",
+        "policy", "overlap", "preemptions", "retractions", "swaps out", "swaps in", "prefetches",
         "recomputed tokens", "lost", "leaked", "hash",
     )  # fmt: skip
     rows = [
@@ -234,6 +254,7 @@ def _table(results: Sequence[Result]) -> str:
             result.retractions,
             result.swaps_out,
             result.swaps_in,
+            result.prefetches,
             result.recomputed_tokens,
             result.lost,
             sum(getattr(result, key) for key in LEAKS),

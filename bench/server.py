@@ -38,7 +38,7 @@ IDLE_TIMEOUT_S = 30.0
 EMPTY = ("programs", "live_calls", "waiting_calls", "running_calls")
 COUNTED = (  # of `program_stats`
     "num_preemptions", "retracted_calls", "recomputed_tokens", "swaps_out", "swaps_in",
-    "dropped_for_full_pool", "swaps_lost",
+    "dropped_for_full_pool", "swaps_lost", "prefetches", "prefetch_hits",
 )  # fmt: skip
 LEAKS = ("leaked_programs", "leaked_kv_tokens", "leaked_host_bytes")
 COMMON_FLAGS = ("--host", "127.0.0.1", "--sleep-on-idle", "--enable-metrics")

@@ -71,17 +71,20 @@ class Rig:
 
     page_size = 1
     tp_size = 1
+    enable_overlap = False
 
-    def __init__(self, config: ProgramConfig, num_slots: int, num_kv_tokens: int) -> None:
+    def __init__(
+        self, config: ProgramConfig, num_slots: int, num_kv_tokens: int, device: str = "cpu"
+    ) -> None:
         self.num_kv_tokens = num_kv_tokens
         self.pool = MHATokenToKVPool(
             size=num_kv_tokens, page_size=1, dtype=torch.float32, head_num=1, head_dim=4,
-            layer_num=NUM_LAYERS, device="cpu", enable_memory_saver=False,
+            layer_num=NUM_LAYERS, device=device, enable_memory_saver=False,
         )  # fmt: skip
         self.token_to_kv_pool_allocator = TokenToKVPoolAllocator(
-            num_kv_tokens, dtype=torch.float32, device="cpu", kvcache=self.pool, need_sort=False
+            num_kv_tokens, dtype=torch.float32, device=device, kvcache=self.pool, need_sort=False
         )
-        self._table = ReqToTokenPool(num_slots, num_kv_tokens, "cpu", enable_memory_saver=False)
+        self._table = ReqToTokenPool(num_slots, num_kv_tokens, device, enable_memory_saver=False)
         self.tree_cache = UnifiedRadixCache(
             CacheInitParams(
                 disable=False,
@@ -119,10 +122,10 @@ class Rig:
             req.finished_reason = FINISH_ABORT()
             self._finish(req)
 
-    def preempt(self, victims: Sequence[Req], spare_tokens: int = 0) -> None:
+    def preempt(self, victims: Sequence[Req]) -> None:
         """Take running requests off the batch; they wait again, first in line."""
         self.running = [req for req in self.running if req not in victims]
-        self.swaps.release(victims, self.running, spare_tokens)
+        self.swaps.release(victims, self.running)
         self.waiting[:0] = victims
 
     def step(self) -> list[Req]:
@@ -130,9 +133,17 @@ class Rig:
         self._make_room()
         for req in self.running:
             self._decode(req)
+        self.swaps.settle()  # what was prefetched in the last step was beside these tokens
         ended = self._end()
         self._admit()
+        self._prefetch()
         return ended + self._end()
+
+    def _prefetch(self) -> None:
+        if self.waiting and self.swaps.can_prefetch(self.waiting[0]):
+            free = self.token_to_kv_pool_allocator.available_size()
+            free += self.tree_cache.evictable_size()
+            self.swaps.prefetch(self.waiting[0], free, len(self.running))
 
     def _end(self) -> list[Req]:
         ended = [r for r in self.running if len(r.output_ids) == r.sampling_params.max_new_tokens]
@@ -166,7 +177,7 @@ class Rig:
                 break
         for req in adder.can_run_list:
             self.waiting.remove(req)
-            self.swaps.forget(req)
+            self.swaps.note_admission(req, req.prefix_len)
             self._prefill(req)
             self.running.append(req)
 
@@ -253,13 +264,19 @@ class _Sent:
 class Chaos:
     """Random events on a rig. `run` raises `AssertionError` for whatever must not happen."""
 
-    def __init__(self, seed: int, num_kv_tokens: int = 100, num_host_tokens: int = 128) -> None:
+    def __init__(
+        self,
+        seed: int,
+        num_kv_tokens: int = 100,
+        num_host_tokens: int = 128,
+        device: str = "cpu",
+    ) -> None:
         self._rng = random.Random(seed)
         record_bytes = 2 * NUM_LAYERS * 16
         host_gib = num_host_tokens * record_bytes / 2**30
         config = ProgramConfig(kv="mixed", kv_break_even=4, host_memory=host_gib)
         self._config = config
-        self._rig = Rig(config, num_slots=4, num_kv_tokens=num_kv_tokens)
+        self._rig = Rig(config, num_slots=4, num_kv_tokens=num_kv_tokens, device=device)
         self._beginnings = [[self._rng.randrange(VOCABULARY) for _ in range(12)] for _ in range(3)]
         self._live: dict[Req, _Sent] = {}
         self._num_sent = 0
@@ -293,7 +310,7 @@ class Chaos:
             self._submit()
         if rig.running and rng.random() < 0.25:
             victims = rng.sample(rig.running, rng.randint(1, len(rig.running)))
-            rig.preempt(victims, spare_tokens=rng.choice((0, 20, 100)))
+            rig.preempt(victims)
             self.events["preempted"] += len(victims)
         if self._live and rng.random() < 0.03:
             req = rng.choice(list(self._live))

@@ -3,7 +3,8 @@
 | fate | at once | when the call resumes |
 |---|---|---|
 | `keep` | stays in the radix tree, evictable | a prefix hit, as far as it is still there |
-| `swap` | copied to host memory, freed | what the tree has lost is copied back |
+| `backup` | stays in the tree, and is copied to host memory | what it has lost is copied back |
+| `swap` | copied to host memory, freed | it is copied back |
 | `drop` | freed | recomputed |
 """
 
@@ -22,23 +23,31 @@ class Fate(Enum):
     """What becomes of one victim's KV."""
 
     KEEP = "keep"
+    BACKUP = "backup"
     SWAP = "swap"
     DROP = "drop"
 
+    @property
+    def is_saved(self) -> bool:
+        """Whether it is copied to host memory."""
+        return self in (Fate.BACKUP, Fate.SWAP)
+
 
 KV_CHOICES: Final = (*(fate.value for fate in Fate), AUTO, MIXED)
-_MIXTURE: Final = (Fate.SWAP, Fate.KEEP, Fate.SWAP, Fate.DROP)
+_MIXTURE: Final = (Fate.SWAP, Fate.KEEP, Fate.BACKUP, Fate.SWAP, Fate.DROP)
 
 
-def choose(
-    mode: str, own_tokens: int, spare_tokens: int, break_even_tokens: int | None, turn: int
-) -> Fate:
+def may_save(mode: str) -> bool:
+    """Whether any victim's KV may go to host memory."""
+    return mode not in (Fate.KEEP.value, Fate.DROP.value)
+
+
+def choose(mode: str, own_tokens: int, break_even_tokens: int | None, turn: int) -> Fate:
     """The fate of a victim with `own_tokens` of KV that no running call shares.
 
-    `auto` keeps what fits into `spare_tokens`, memory that nobody has a claim on. Where memory is
-    short it swaps calls of at least `break_even_tokens`, from where copying out and in takes less
-    time than computing again (None: never), and leaves the others to eviction: dropping them
-    would be no gain, as the tree gives their rows up when they are needed, and not before.
+    `auto` leaves it in the tree, which gives rows up when they are needed and not before, and has
+    a backup of calls of at least `break_even_tokens`, from where copying out and in takes less time
+    than computing again (None: never). It need not guess what will be evicted.
     `mixed` is for tests: its fates take turns by `turn`, the number of victims so far.
     """
     if mode == MIXED:
@@ -46,7 +55,7 @@ def choose(
     if mode != AUTO:
         return Fate(mode)
     pays = break_even_tokens is not None and own_tokens >= break_even_tokens
-    return Fate.SWAP if pays and own_tokens > spare_tokens else Fate.KEEP
+    return Fate.BACKUP if pays else Fate.KEEP
 
 
 def break_even(prefill_token_s: float, swap_token_s: float, swap_fixed_s: float) -> int | None:

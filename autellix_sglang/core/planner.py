@@ -48,15 +48,10 @@ class EngineView(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One pass: `order` is None when the admission order of the last plan still stands.
-
-    `spare_kv_tokens` is what nobody claims once the victims have left and those they make way for
-    are in; the victims' own KV may stay there.
-    """
+    """One pass: `order` is None when the admission order of the last plan still stands."""
 
     order: tuple[Call, ...] | None
     preempt: tuple[Call, ...] = ()
-    spare_kv_tokens: int = 0
 
 
 NOTHING: Final = Plan(order=None)
@@ -90,7 +85,7 @@ class Planner:
         if queue.version != self._seen_version:
             self._seen_version = queue.version
             order = tuple(queue)
-        return Plan(order, *self._victims(engine)) if self._is_due() else Plan(order)
+        return Plan(order, self._victims(engine)) if self._is_due() else Plan(order)
 
     def reconsider(self) -> None:
         """Treat the next pass as if something had happened."""
@@ -108,15 +103,12 @@ class Planner:
         self._considered_at = table.clock
         return True
 
-    def _victims(self, engine: EngineView) -> tuple[tuple[Call, ...], int]:
-        """Running calls to preempt so that strictly better waiting ones get in; no more.
-
-        With them the KV tokens that are nobody's afterwards.
-        """
+    def _victims(self, engine: EngineView) -> tuple[Call, ...]:
+        """Running calls to preempt so that strictly better waiting ones get in; no more."""
         table = self._table
         best = table.queue.first()
         if best is None:
-            return (), 0
+            return ()
         running = engine.preemptible()
         worse = [c for c in running if c.level > best.level]  # no promoted one: it has level 0
         # What fits, and who may be preempted yet, changes without an event.
@@ -127,9 +119,7 @@ class Planner:
         return _select(table, engine, candidates)
 
 
-def _select(
-    table: ProgramTable, engine: EngineView, candidates: list[Call]
-) -> tuple[tuple[Call, ...], int]:
+def _select(table: ProgramTable, engine: EngineView, candidates: list[Call]) -> tuple[Call, ...]:
     """Walk the queue in order, admitting on paper, and take victims where nothing is left."""
     slots, kv_tokens = engine.free_slots, engine.free_kv_tokens
     prefill_tokens = engine.prefill_tokens
@@ -153,4 +143,4 @@ def _select(
         slots = slots_then - 1
         kv_tokens = kv_then - demand.kv_tokens
         prefill_tokens -= demand.prefill_tokens
-    return tuple(chosen), kv_tokens
+    return tuple(chosen)

@@ -59,7 +59,7 @@ def _body(
             scheduler.configure(scheduler.program_config.replace(**(request.config or {})))
             return totals(scheduler)
         case messages.STATS:
-            return totals(scheduler)
+            return {**totals(scheduler), "ranks": scheduler.rank_states()}
     raise AssertionError(f"unknown control op {request.op!r}")
 
 

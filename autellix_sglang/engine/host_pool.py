@@ -7,12 +7,14 @@ fragments into failure. Low pages go out first, which keeps most chunks in one p
 from __future__ import annotations
 
 import heapq
+import weakref
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 
 from autellix_sglang.engine.swap_op import HostChunk, KVPool
+from autellix_sglang.errors import ConfigError
 
 PAGE_TOKENS: Final = 64
 
@@ -30,11 +32,9 @@ class HostPool:
     def __init__(self, pool: KVPool, num_pages: int, page_tokens: int = PAGE_TOKENS) -> None:
         self._page_tokens = page_tokens
         self._num_pages = num_pages
-        self._storage = torch.empty(
-            (num_pages * page_tokens, pool.record_bytes),
-            dtype=torch.uint8,
-            pin_memory=pool.device.type == "cuda",
-        )
+        self._storage = torch.empty((num_pages * page_tokens, pool.record_bytes), dtype=torch.uint8)
+        if pool.device.type == "cuda" and num_pages:
+            _pin(self._storage)
         self._free = list(range(num_pages))  # a heap: sorted to begin with
         self._lent: set[PooledChunk] = set()
 
@@ -90,3 +90,18 @@ class HostPool:
 
     def _num_pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_tokens)
+
+
+def _pin(storage: torch.Tensor) -> None:
+    """Page-lock memory until it is freed; PyTorch's own would be rounded up to a power of two.
+
+    Raises `ConfigError` if the system does not let so much be locked.
+    """
+    runtime, address = torch.cuda.cudart(), storage.data_ptr()
+    status = int(runtime.cudaHostRegister(address, storage.numel(), 0))
+    if status:
+        raise ConfigError(
+            "--program-host-memory",
+            f"{storage.numel()} bytes cannot be pinned: CUDA error {status}",
+        )
+    weakref.finalize(storage, runtime.cudaHostUnregister, address).atexit = False

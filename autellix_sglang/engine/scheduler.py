@@ -12,11 +12,14 @@ mid-decode. Everything else is SGLang's. How a call lives:
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import zlib
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+import torch
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.utils import TypeBasedDispatcher
@@ -64,6 +67,7 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         self.num_recomputed_tokens = 0
         self.num_orphans = 0
         self._num_checked_events = -1
+        self._decisions = 0  # a digest of all that were made so far
         retraction_order.install()
         retraction_swap.install(self.swaps)
 
@@ -182,6 +186,10 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
 
     # -- one pass --------------------------------------------------------------------------------
 
+    def get_next_batch_to_run(self, *args: Any, **kwargs: Any) -> Any:
+        self.swaps.settle()
+        return super().get_next_batch_to_run(*args, **kwargs)
+
     def get_new_batch_prefill(self, running_batch: Any) -> Any:
         if len(self.waiting_queue) != len(self.program_table.queue):
             self._reconcile()
@@ -189,12 +197,15 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         if plan.order is not None:
             self._order_waiting_queue([call.handle for call in plan.order])
         victims = [call.handle for call in plan.preempt]
-        self._take_off(running_batch, victims, plan.spare_kv_tokens)
+        self._take_off(running_batch, victims)
         next_plan = super().get_new_batch_prefill(running_batch)
         for req in victims:
             # Only now: readmitted in the same pass, a victim would meet its own result in flight.
             self._add_request_to_queue(req, is_retracted=True)
         self._note_admission(next_plan)
+        self._digest(victims, next_plan.batch_to_run)
+        if not victims and next_plan.batch_to_run is None:
+            self._prefetch(next_plan.running_batch)
         return next_plan
 
     def _order_waiting_queue(self, order: list[Any]) -> None:
@@ -204,26 +215,58 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
             order = [call.handle for call in self.program_table.queue]
         self.waiting_queue[:] = order
 
-    def _take_off(self, running_batch: Any, victims: list[Any], spare_kv_tokens: int) -> None:
+    def _take_off(self, running_batch: Any, victims: list[Any]) -> None:
         """Remove victims from the batch; the swap manager decides about their KV."""
         if not victims:
             return
         leaving = set(victims)
         staying = [i for i, req in enumerate(running_batch.reqs) if req not in leaving]
-        self.swaps.release(victims, [running_batch.reqs[i] for i in staying], spare_kv_tokens)
+        self.swaps.release(victims, [running_batch.reqs[i] for i in staying])
         running_batch.filter_batch(keep_indices=staying)
         running_batch.batch_is_full = False
 
     def _note_admission(self, next_plan: Any) -> None:
-        admitted = [] if next_plan.batch_to_run is None else next_plan.batch_to_run.reqs
-        for req in admitted:
-            self.swaps.forget(req)
+        admitted = _with_prefix_lens(next_plan.batch_to_run)
+        for req, num_cached in admitted:
+            self.swaps.note_admission(req, num_cached)
             call = call_of(req)
             if call is not None and call.phase is Phase.WAITING:
                 self.program_table.start(call)
         self.is_kv_blocked = not admitted and self._is_refused_for_kv(next_plan.running_batch)
         if self.is_kv_blocked:
             self.planner.reconsider()
+
+    def _prefetch(self, running_batch: Any) -> None:
+        """Copy swapped KV of the call next in line back while the batch runs, if KV is to spare."""
+        first = self.program_table.queue.first()
+        if first is None or not self.swaps.can_prefetch(first.handle):
+            return
+        free_tokens = SchedulerView(self, running_batch).free_kv_tokens
+        self.swaps.prefetch(first.handle, free_tokens, len(running_batch.reqs))
+
+    def _digest(self, victims: list[Any], admitted: Any) -> None:
+        """Take a pass's decisions into the digest; a difference in one shows in all later ones."""
+        if not victims and admitted is None:
+            return
+        reqs = [(req.rid, num_cached) for req, num_cached in _with_prefix_lens(admitted)]
+        taken = [req.rid for req in victims], reqs, dataclasses.astuple(self.swaps.counters)
+        self._decisions = zlib.crc32(repr(taken).encode(), self._decisions)
+
+    def rank_states(self) -> list[dict[str, int]]:
+        """What each tensor-parallel rank decided and holds; entries differ if they do not agree.
+
+        A collective: every rank has to call it, on the same message.
+        """
+        allocator = self.token_to_kv_pool_allocator
+        own = {
+            "decisions": self._decisions,
+            "kv_free_tokens": allocator.available_size() + self.tree_cache.evictable_size(),
+            "host_pool_used_bytes": self.swaps.totals()["host_pool_used_bytes"],
+        }
+        states = [own] * self.tp_size
+        if self.tp_size > 1:
+            torch.distributed.all_gather_object(states, own, group=self.tp_cpu_group)
+        return states
 
     def _is_refused_for_kv(self, running_batch: Any) -> bool:
         """Calls wait and slots are free, yet SGLang admitted none and calls the batch full."""
@@ -285,6 +328,11 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
             logger.warning("call %s left the engine unseen; closed", call.rid)
             self.swaps.forget(call.handle)
             table.finish(call)
+
+
+def _with_prefix_lens(batch: Any) -> list[tuple[Any, int]]:
+    """The requests of a prefill batch, or of none, each with the tokens that were cached."""
+    return [] if batch is None else list(zip(batch.reqs, batch.prefix_lens, strict=True))
 
 
 class _ProgramOutputStreamer(SchedulerOutputStreamer):  # type: ignore[misc]

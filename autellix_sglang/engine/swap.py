@@ -2,9 +2,14 @@
 
     release(victims)                     restore(req), as SGLang is about to admit it
     ----------------                     ------------
-    keep  -> radix tree, evictable       match_prefix: what the tree still has
-    swap  -> host pool (gather)          allocate the missing rows, scatter, insert into the tree
-    drop  -> freed                       then SGLang's own prefix hit: one token is computed
+    keep   -> radix tree, evictable      match_prefix: what the tree still has
+    swap   -> host pool (gather)         allocate the missing rows, scatter, insert into the tree
+    backup -> both                       then SGLang's own prefix hit: one token is computed
+    drop   -> freed
+
+`prefetch` does the same for the call next in line, while the batch runs, if a batch slot is all
+that it waits for. What it brings back is cache like any other: evictable, so that no running call
+ever has to leave for it, and nothing is to undo when the call ends in another way.
 
 Both of SGLang's ways to take a running call off the batch end in `release`: a planned preemption
 (`ProgramScheduler`) and the retraction when the KV pool is full (`patches.retraction_swap`).
@@ -41,7 +46,7 @@ from sglang.srt.mem_cache.common import evict_from_tree_cache, release_kv_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from autellix_sglang.config import ProgramConfig
-from autellix_sglang.core.kv import Fate, choose
+from autellix_sglang.core.kv import Fate, choose, may_save
 from autellix_sglang.engine.host_pool import HostPool, PooledChunk
 from autellix_sglang.engine.swap_op import (
     HostChunk,
@@ -70,6 +75,8 @@ class SwapCounters:
     swapped_in_tokens: int = 0
     dropped_for_full_pool: int = 0  # victims the host pool had no room for, left to eviction
     swaps_lost: int = 0  # chunks whose shared beginning was evicted meanwhile
+    prefetches: int = 0  # of `swaps_in`, those for a call that had no batch slot yet
+    prefetch_hits: int = 0  # of these, calls that found all of it when they were admitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +112,7 @@ class SwapManager:
         self._mover: Mover | None = None
         self._copies: CopyOrder | None = None
         self._saved: dict[Req, _Saved] = {}
-        self._kept: dict[Req, int] = {}  # own tokens of waiting calls, left in the tree
+        self._prefetched: Req | None = None  # the last one
         self._num_chosen = 0
         self.num_retractions = 0
         self.counters = SwapCounters()
@@ -116,7 +123,7 @@ class SwapManager:
         """Take over settings; makes the host pool if they need it. Raises `ConfigError`."""
         if self._host is not None and config.host_memory != self._host_gib:
             raise ConfigError("--program-host-memory", "the pool exists and keeps its size")
-        if config.kv in ("swap", "auto", "mixed") and self._host is None:
+        if may_save(config.kv) and self._host is None:
             self._open(config)
         self._mode = config.kv
         if config.kv_break_even:
@@ -142,44 +149,40 @@ class SwapManager:
 
     # -- out -------------------------------------------------------------------------------------
 
-    def release(self, victims: Sequence[Req], staying: Sequence[Req], spare_tokens: int) -> None:
+    def release(self, victims: Sequence[Req], staying: Sequence[Req]) -> None:
         """Take running requests' KV off the device, each to the fate that is chosen for it.
 
-        `staying` are the requests that go on running, `spare_tokens` KV that nobody claims. The
-        victims are as after SGLang's own retraction: not in the waiting queue yet.
+        `staying` are the requests that go on running. The victims are as after SGLang's own
+        retraction: not in the waiting queue yet.
         """
-        spare_tokens -= sum(self._kept.values())
         saving: list[tuple[Req, _Saved]] = []
         keeping: set[Req] = set()
         for req in victims:
             start, end = self._own_span(req, staying)
-            fate = self._choose(req, end - start, spare_tokens)
-            saved = self._reserve(start, end) if fate is Fate.SWAP else None
+            fate = self._choose(req, end - start)
+            saved = self._reserve(start, end) if fate.is_saved else None
             if saved is not None:
                 saving.append((req, saved))
-            elif fate is not Fate.DROP:
+            if fate is not Fate.DROP and (saved is None or fate is Fate.BACKUP):
                 keeping.add(req)
-                self._kept[req] = end - start
-                spare_tokens -= end - start
         self._gather(saving)
         for req in victims:
             release_kv_cache(req, self._tree, checkpoint=req in keeping)
             req.reset_for_retract()
 
     def retract(self, victim: Req, staying: Sequence[Req]) -> None:
-        """`release` one request because the KV pool is full: no memory is to spare."""
+        """`release` one request because the KV pool is full."""
         self.num_retractions += 1
-        self.release([victim], staying, 0)
+        self.settle()
+        self.release([victim], staying)
 
-    def _choose(self, req: Req, own_tokens: int, spare_tokens: int) -> Fate:
+    def _choose(self, req: Req, own_tokens: int) -> Fate:
         self._num_chosen += 1
         if self._tree.supports_mamba():
             return Fate.DROP  # SGLang does not put an unfinished request's state into the tree
         if not own_tokens or not _may_share(req):
             return Fate.KEEP
-        return choose(
-            self._mode, own_tokens, spare_tokens, self.break_even_tokens, self._num_chosen
-        )
+        return choose(self._mode, own_tokens, self.break_even_tokens, self._num_chosen)
 
     def _own_span(self, req: Req, staying: Iterable[Req]) -> tuple[int, int]:
         """Tokens [start, end) of a running request that no request in `staying` has, in pages.
@@ -235,9 +238,37 @@ class SwapManager:
         The chunk stays until the request runs (`forget`): until then the tree may evict the rows
         again.
         """
-        saved = self._saved.get(req)
-        if saved is None:
-            return
+        if req in self._saved:
+            self._fetch(req, adder.rem_total_tokens)
+            req.init_next_round_input(self._tree)
+
+    def can_prefetch(self, req: Req) -> bool:
+        """Whether there is something to bring back that `prefetch` has not brought already."""
+        return req in self._saved and req is not self._prefetched
+
+    def prefetch(self, req: Req, free_tokens: int, num_running: int) -> None:
+        """`restore` for the request next in line, beside the batch that is about to run.
+
+        `free_tokens` is what SGLang's budget has left after all reservations: with less than the
+        request needs nothing is moved. Call `settle` before the batch after that one.
+        """
+        req.refresh_fill_ids()
+        # The coming batch must not need rows that are being written: leave it enough of others.
+        num_others = (num_running + 1) * self._page_size
+        if self._fetch(req, free_tokens, num_others, is_awaited=False):
+            self.counters.prefetches += 1
+            self._prefetched = req
+
+    def settle(self) -> None:
+        """Let the next batch wait for the copies that none has waited for yet."""
+        if self._copies is not None:
+            self._copies.settle()
+
+    def _fetch(
+        self, req: Req, free_tokens: int, num_others: int = 0, is_awaited: bool = True
+    ) -> bool:
+        """Fill in what the tree lacks of a saved request; False where nothing was copied."""
+        saved = self._saved[req]
         tokens = req.full_untruncated_fill_ids[: saved.end]
         key = RadixKey(tokens, req.extra_key, cache_salt=req.cache_salt)
         match = self._tree.match_prefix(MatchPrefixParams(key=key))
@@ -245,27 +276,33 @@ class SwapManager:
         if num_matched < saved.start or len(req.full_untruncated_fill_ids) <= saved.end:
             self.counters.swaps_lost += 1
             self.forget(req)
-            return
+            return False
         if num_matched >= saved.end:
-            return
-        lock = self._tree.lock(match.last_device_node)
+            return False
+        node, num_missing = match.last_device_node, saved.end - num_matched
+        num_evictable = self._tree.evictable_size()
+        lock = self._tree.lock(node)
         try:
-            if _demand(req, num_matched, adder) < adder.rem_total_tokens:
-                self._scatter(saved, key, num_matched, match.last_device_node)
+            free_tokens -= num_evictable - self._tree.evictable_size()
+            if _demand(req, num_matched) + self._page_size >= free_tokens:
+                return False
+            evict_from_tree_cache(self._tree, num_missing + num_others)
+            if self._allocator.available_size() < num_missing + num_others:
+                return False  # it will be computed, or wait for another pass
+            self._scatter(saved, key, num_matched, node, is_awaited)
         finally:
             self._tree.unlock(lock)
-        req.init_next_round_input(self._tree)
+        return True
 
-    def _scatter(self, saved: _Saved, key: RadixKey, num_matched: int, node: Any) -> None:
+    def _scatter(
+        self, saved: _Saved, key: RadixKey, num_matched: int, node: Any, is_awaited: bool
+    ) -> None:
         """Fill tokens [num_matched, saved.end) from the chunk, below the locked tree node."""
         assert self._kv is not None and self._copies is not None
         num_missing = saved.end - num_matched
-        evict_from_tree_cache(self._tree, num_missing)
         slots = self._allocator.alloc(num_missing)
-        if slots is None:
-            return  # it will be computed, or wait for another pass
         part = saved.chunk.part(num_matched - saved.start)
-        with self._copies.after_forward(slots):
+        with self._copies.after_forward(slots, is_awaited):
             swap_in(part, self._kv, slots, mover=self._mover, is_checked=True)
         path = self._tree.path_device_indices(node)[:num_matched]
         value = torch.cat([path, slots.to(path.dtype)])
@@ -275,9 +312,17 @@ class SwapManager:
 
     # -- over ------------------------------------------------------------------------------------
 
+    def note_admission(self, req: Req, num_cached: int) -> None:
+        """The request is about to run, with so many tokens from the tree."""
+        saved = self._saved.get(req)
+        if saved is not None and req is self._prefetched:
+            self.counters.prefetch_hits += num_cached >= saved.end
+        self.forget(req)
+
     def forget(self, req: Req) -> None:
         """The request runs again or is over: its host memory is free. Safe to repeat."""
-        self._kept.pop(req, None)
+        if req is self._prefetched:
+            self._prefetched = None
         saved = self._saved.pop(req, None)
         if saved is not None:
             assert self._host is not None
@@ -287,7 +332,6 @@ class SwapManager:
         """The radix tree was flushed, perhaps for new weights: no saved KV is worth anything."""
         for req in list(self._saved):
             self.forget(req)
-        self._kept.clear()
 
     # -- introspection ---------------------------------------------------------------------------
 
@@ -305,7 +349,7 @@ class SwapManager:
 
     def check_integrity(self, waiting: Iterable[Req]) -> None:
         """Assert that the pool's pages add up and that only waiting requests have some."""
-        assert self._saved.keys() | self._kept.keys() <= set(waiting), "a chunk without a call"
+        assert self._saved.keys() <= set(waiting), "a chunk without a call"
         if self._host is not None:
             self._host.check_integrity()
             lent = sum(len(saved.chunk.pages) for saved in self._saved.values())
@@ -324,13 +368,13 @@ class SwapPrefillAdder(PrefillAdder):  # type: ignore[misc]  # SGLang is untyped
         return super().add_one_req(req, *args, **kwargs)
 
 
-def _demand(req: Req, num_matched: int, adder: PrefillAdder) -> int:
-    """The KV tokens that SGLang's `add_one_req` asks for, with so many matched and locked."""
+def _demand(req: Req, num_matched: int) -> int:
+    """The KV tokens, but for a page, that SGLang's `add_one_req` asks for with so many matched."""
     max_new = min(
         max(req.sampling_params.max_new_tokens - len(req.output_ids), 0), CLIP_MAX_NEW_TOKENS
     )
     uncached = len(req.full_untruncated_fill_ids) - num_matched
-    return int(uncached + max_new + adder.per_req_token_overhead)
+    return int(uncached + max_new)
 
 
 def _may_share(req: Req) -> bool:
@@ -374,26 +418,37 @@ class CopyOrder:
             self._stream = torch.cuda.Stream(device)
             # With overlap scheduling a batch is in flight on a stream of its own.
             self._forward = scheduler.forward_stream if scheduler.enable_overlap else None
+            self._is_settled = True
+
+    def settle(self) -> None:
+        """Let the next batch wait for all copies so far."""
+        if self._is_async and not self._is_settled:
+            (self._forward or torch.cuda.current_stream()).wait_stream(self._stream)
+            self._is_settled = True
 
     @contextmanager
-    def after_results(self, slots: torch.Tensor) -> Iterator[None]:
+    def after_results(self, slots: torch.Tensor, is_awaited: bool = True) -> Iterator[None]:
         """For reading rows that are older than the last result: the batch in flight writes none."""
         if not self._is_async:
             yield
             return
-        scheduling = torch.cuda.current_stream()
-        self._stream.wait_stream(scheduling)  # which has made `slots`
+        self._stream.wait_stream(torch.cuda.current_stream())  # which has made `slots`
         slots.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
             yield
-        (self._forward or scheduling).wait_stream(self._stream)
+        self._is_settled = False
+        if is_awaited:
+            self.settle()
 
     @contextmanager
-    def after_forward(self, slots: torch.Tensor) -> Iterator[None]:
-        """For writing rows: the batch in flight may still use what was freed under it."""
+    def after_forward(self, slots: torch.Tensor, is_awaited: bool = True) -> Iterator[None]:
+        """For writing rows: the batch in flight may still use what was freed under it.
+
+        If it is not awaited, nothing may use the rows before `settle`.
+        """
         if self._is_async and self._forward is not None:
             self._stream.wait_stream(self._forward)
-        with self.after_results(slots):
+        with self.after_results(slots, is_awaited):
             yield
 
 

@@ -1,9 +1,9 @@
 """The CUDA kernel behind `swap_op`: compiled on first use, cached, launched on the current stream.
 
-`csrc/kv_swap.cu` becomes a cubin for the device at hand, by nvcc where there is one, else by the
-NVRTC that comes with SGLang (`cuda.bindings`), and is kept in the user's cache directory under a
-hash of source, architecture and compiler. It is loaded through the CUDA driver's C interface, so
-neither torch's ABI nor a host compiler's matters. Nothing here happens at import.
+`csrc/kv_swap.cu` becomes a cubin for the device at hand, by nvcc where there is one that can, else
+by the NVRTC that comes with SGLang (`cuda.bindings`), and is kept in the user's cache directory
+under a hash of source, architecture and compiler. It is loaded through the CUDA driver's C
+interface, so neither torch's ABI nor a host compiler's matters. Nothing here happens at import.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -47,9 +48,20 @@ def cubin(arch: str, directory: Path | None = None) -> bytes:
     name = f"kv_swap-{arch}-{key.hexdigest()[:16]}.cubin"
     path = (directory or cache_directory()) / name
     if not path.is_file():
-        code = _by_nvcc(compiler, arch) if compiler else _by_nvrtc(source, arch)
-        _write_atomically(path, code)
+        _write_atomically(path, _compile(compiler, source, arch))
     return path.read_bytes()
+
+
+def _compile(compiler: Path | None, source: bytes, arch: str) -> bytes:
+    if compiler is None:
+        return _by_nvrtc(source, arch)
+    try:
+        return _by_nvcc(compiler, arch)
+    except KernelError as error:  # too old for the device, or without a host compiler
+        try:
+            return _by_nvrtc(source, arch)
+        except KernelError as other:
+            raise KernelError(f"{error}; {other}") from error
 
 
 def nvcc_path() -> Path | None:
@@ -84,8 +96,8 @@ def _by_nvrtc(source: bytes, arch: str) -> bytes:
         from cuda.bindings import nvrtc
     except ImportError as error:
         raise KernelError(
-            "the swap kernel needs a compiler: nvcc was not found ($CUDA_HOME, PATH), and "
-            f"cuda.bindings, which brings NVRTC, cannot be imported ({error})"
+            "the swap kernel needs a compiler: no nvcc that works was found ($CUDA_HOME, PATH), "
+            f"and cuda.bindings, which brings NVRTC, cannot be imported ({error})"
         ) from error
     options = [f"--gpu-architecture={arch}".encode(), *(flag.encode() for flag in FLAGS)]
     try:
@@ -243,6 +255,7 @@ class DirectMover:
 
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
+        self._tables: weakref.WeakKeyDictionary[KVPool, torch.Tensor] = weakref.WeakKeyDictionary()
 
     def gather(self, pool: KVPool, slots: torch.Tensor, chunk: HostChunk) -> None:
         records = self._launcher.upload(chunk.records)
@@ -261,11 +274,21 @@ class DirectMover:
         host: torch.Tensor,
     ) -> None:
         """One launch; `host` is pinned or on the device, `records` None counts from 0."""
-        table = self._launcher.upload(torch.frombuffer(buffer_table(pool), dtype=torch.uint8))
+        table = self._table(pool)
         num_warps = len(slots) * len(pool.buffers)
         num_blocks = min(-(-num_warps // WARPS_PER_BLOCK), self._launcher.max_blocks)
         args = kernel_args(table.data_ptr(), pool, slots, records, host.data_ptr())
         self._launcher.launch(entry_point(direction, slots), num_blocks, args)
+
+    def _table(self, pool: KVPool) -> torch.Tensor:
+        """The pool's description where the kernel reads it; uploaded once, which is waited for."""
+        table = self._tables.get(pool)
+        if table is None:
+            table = self._launcher.upload(torch.frombuffer(buffer_table(pool), dtype=torch.uint8))
+            if table.is_cuda:  # later moves may be on another stream
+                torch.cuda.current_stream(table.device).synchronize()
+            self._tables[pool] = table
+        return table
 
 
 class StagedMover(DirectMover):

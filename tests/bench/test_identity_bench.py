@@ -22,3 +22,11 @@ def test_leaks_and_losses_add_up() -> None:
     summary = _summary(runs, "swap")
     assert (summary["lost"], summary["leaked_programs"], summary["leaked_kv_tokens"]) == (3, 3, 4)
     assert (summary["swaps_out"], summary["runs"][1]["kv"]) == (5, "swap")
+
+
+def test_ranks_that_disagree_once_do_not_agree() -> None:
+    """One run in which two ranks decided differently is enough."""
+    runs = [Result("off", True, "a", 0, 0), Result("plas", True, "a", 0, 0)]
+    assert _summary(runs, "swap")["ranks_agree"]
+    runs.append(Result("mlfq", True, "a", 0, 0, ranks_agree=False))
+    assert not _summary(runs, "swap")["ranks_agree"]

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from bench.swap import SHAPES, Case, Shape, Workload, break_even, cases, measure, summary
+from bench.swap import (
+    SHAPES,
+    Case,
+    Shape,
+    Workload,
+    bars,
+    break_even,
+    cases,
+    fits,
+    measure,
+    summary,
+)
 
 CPU = torch.device("cpu")
 SMALL = Shape("small", 2, 2, 8)
@@ -18,8 +29,9 @@ def test_token_sizes_are_those_of_the_models() -> None:
 
 def test_cases_fit_into_memory() -> None:
     """Little memory leaves the small cases only, none leaves no case."""
-    assert list(cases(True, 0)) == []
-    some = list(cases(True, 2**30))
+    every = list(cases(False))
+    assert not any(fits(case, False, 0) for case in every)
+    some = [case for case in every if fits(case, False, 2**30)]
     assert some and max(case.num_bytes for case in some) <= 2**26
 
 
@@ -32,11 +44,11 @@ def test_every_variant_moves_the_same_rows() -> None:
     variants = workload.variants()
     assert set(variants) == {"ceiling", "reference", "naive loop"}
     for name in ("reference", "naive loop"):
-        move_out, move_in = variants[name]
-        move_out()
-        for rows in workload.pool.byte_rows:
-            rows[workload.slots] = 0
-        move_in()
+        with variants[name]() as (move_out, move_in):
+            move_out()
+            for rows in workload.pool.byte_rows:
+                rows[workload.slots] = 0
+            move_in()
         for rows, expected in zip(workload.pool.byte_rows, before, strict=True):
             assert torch.equal(rows, expected), name
 
@@ -59,8 +71,42 @@ def test_break_even_is_where_the_lines_cross() -> None:
 def test_summary_names_the_ceiling_and_says_that_there_is_no_gpu() -> None:
     """The keys of the contract, from rows that were measured here."""
     rows = [row for n in (4, 8) for row in measure(Case(SMALL, 1, 1, n), CPU, 1)]
-    result = summary(rows, CPU, 1.0)
+    result = summary(rows, CPU, {"small": 1.0})
     assert result["device"] == "cpu" and "no GPU" in result["note"]
     assert result["ceiling_gb_per_s"] > 0
     assert result["break_even_tokens"].keys() == {"small"}
     assert {row["variant"] for row in result["results"]} == {"ceiling", "reference", "naive loop"}
+
+
+def test_a_variant_that_fails_is_a_row_and_the_others_go_on(monkeypatch) -> None:
+    """Somebody else's kernel may be missing: the run says so and has the other numbers."""
+
+    def no_such_kernel(self: Workload) -> None:
+        raise ImportError("no such kernel")
+
+    monkeypatch.setattr(Workload, "_bulk", no_such_kernel)
+    result = summary(measure(Case(SMALL, 1, 1, 4), CPU, 1), CPU, {})
+    assert [row["variant"] for row in result["errors"]] == ["ceiling"]
+    assert {row["variant"] for row in result["results"]} == {"reference", "naive loop"}
+    assert result["ceiling_gb_per_s"] is None
+
+
+def test_bars_are_ratios_to_the_others_for_large_chunks() -> None:
+    """The smallest and the median over the cases of a page size and direction."""
+
+    def rows(variant: str, *rates: float) -> list[dict]:
+        return [
+            {
+                "variant": variant, "shape": "s", "page_size": 16, "victims": 1, "tokens": i,
+                "direction": "out", "gb_per_s": rate, "bytes": 2**26 if i else 2**20,
+            }
+            for i, rate in enumerate(rates)
+        ]  # fmt: skip
+
+    found = bars([*rows("staged", 1.0, 45.0, 40.0, 35.0), *rows("ceiling", 50.0, 50.0, 50.0, 50.0)])
+    assert found == [
+        {
+            "variant": "staged", "to": "ceiling", "page_size": 16, "direction": "out",
+            "smallest": 0.7, "median": 0.8, "cases": 3,
+        }
+    ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What becomes of a victim's KV, by its own size, the memory to spare and the mode."""
+"""What becomes of a victim's KV, by its own size and the mode."""
 
 from __future__ import annotations
 
@@ -17,32 +17,30 @@ from autellix_sglang.core.kv import (
 
 
 @pytest.mark.parametrize(
-    ("own", "spare", "break_even_tokens", "fate"),
+    ("own", "break_even_tokens", "fate"),
     [
-        (100, 100, 1, Fate.KEEP),  # fits into memory that nobody claims
-        (101, 100, 1, Fate.SWAP),
-        (101, 0, 101, Fate.SWAP),
-        (101, 0, 102, Fate.KEEP),  # too short to pay: left to eviction
-        (101, 0, None, Fate.KEEP),  # never pays
+        (101, 101, Fate.BACKUP),
+        (101, 102, Fate.KEEP),  # too short to pay: left to eviction
+        (101, None, Fate.KEEP),  # never pays
     ],
 )
-def test_auto_swaps_what_cannot_stay_and_is_long_enough(
-    own: int, spare: int, break_even_tokens: int | None, fate: Fate
+def test_auto_backs_up_what_is_long_enough(
+    own: int, break_even_tokens: int | None, fate: Fate
 ) -> None:
-    """`keep` wherever memory allows, else by cost."""
-    assert choose(AUTO, own, spare, break_even_tokens, 0) is fate
+    """It stays in the tree in any case; a copy that costs more than it can save is not made."""
+    assert choose(AUTO, own, break_even_tokens, 0) is fate
 
 
 @pytest.mark.parametrize("fate", Fate)
 def test_a_forced_mode_asks_nothing(fate: Fate) -> None:
-    """`keep`, `swap` and `drop` are what they say, whatever it costs."""
-    assert choose(fate.value, 1, 1_000_000, None, 7) is fate
+    """`keep`, `backup`, `swap` and `drop` are what they say, whatever it costs."""
+    assert choose(fate.value, 1, None, 7) is fate
 
 
 def test_mixed_is_the_same_mixture_every_time() -> None:
-    """Turn by turn, half of the victims are swapped, and each fate has its share."""
-    fates = [choose(MIXED, 10, 0, None, turn) for turn in range(8)]
-    assert fates[:4] == fates[4:] == [Fate.SWAP, Fate.KEEP, Fate.SWAP, Fate.DROP]
+    """Turn by turn, each fate has its share."""
+    fates = [choose(MIXED, 10, None, turn) for turn in range(10)]
+    assert fates[:5] == fates[5:] == [Fate.SWAP, Fate.KEEP, Fate.BACKUP, Fate.SWAP, Fate.DROP]
 
 
 def test_every_fate_can_be_forced() -> None:

@@ -402,22 +402,11 @@ def test_prefill_in_progress_is_not_interrupted() -> None:
     assert engine.ended["short"].call.queue_steps == pytest.approx(8 * 0.5 + 1)
 
 
-def test_what_nobody_claims_is_to_spare() -> None:
-    """KV that is left when victims are out and those they made way for are in, by their demands."""
-    scene = Scene(free_slots=0, free_kv_tokens=50)
-    scene.running("r", 15)
-    scene.waiting("w")
-    scene.holdings["r"] = 30
-    scene.demands["w"] = Demand(20, 20)
-    plan = scene.plan()
-    assert ([call.rid for call in plan.preempt], plan.spare_kv_tokens) == (["r"], 60)
-
-
-def test_victims_that_would_not_make_room_leave_nothing_to_spare() -> None:
-    """A call that does not fit even so is not let in on paper, and its would-be victims stay."""
+def test_victims_that_would_not_make_room_stay() -> None:
+    """A call that does not fit even so is not let in on paper, and nobody leaves for it."""
     scene = Scene(free_slots=0, free_kv_tokens=5)
     scene.running("r", 15)
     scene.waiting("w")
     scene.holdings["r"] = 30
     scene.demands["w"] = Demand(99, 99)
-    assert scene.plan() == Plan(order=tuple(scene.table.queue), spare_kv_tokens=5)
+    assert scene.plan() == Plan(order=tuple(scene.table.queue))

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from autellix_sglang.engine.host_pool import HostPool
-from autellix_sglang.engine.swap_op import KVPool
+from autellix_sglang.engine.host_pool import PAGE_TOKENS, HostPool
+from autellix_sglang.engine.swap_op import KVPool, swap_in, swap_out
 
 KV = KVPool((torch.zeros(4, 8), torch.zeros(4, 8)))  # records of 64 bytes
 
@@ -83,3 +83,20 @@ def test_a_chunk_is_freed_once():
     pool.free(chunk)
     with pytest.raises(AssertionError, match="twice"):
         pool.free(chunk)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_pinned_and_of_the_size_asked_for():
+    """A chunk of it goes out and comes back; nothing is rounded up."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    pool = KVPool((torch.arange(64 * 16, device="cuda").view(64, 16),))
+    host = HostPool(pool, num_pages=3)
+    assert host.total_bytes == 3 * PAGE_TOKENS * pool.record_bytes
+    slots = torch.arange(40, device="cuda")
+    chunk = host.allocate(40)
+    before = pool.buffers[0].clone()
+    swap_out(pool, slots, chunk)
+    pool.buffers[0].zero_()
+    swap_in(chunk, pool, slots)
+    assert torch.equal(pool.buffers[0][:40], before[:40]) and not pool.buffers[0][40:].any()

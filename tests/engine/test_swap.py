@@ -60,17 +60,18 @@ def _finish(rig: Rig, req: Req) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("kv", "num_recomputed"), [("keep", 32), ("drop", 32), ("swap", 0), ("auto", 0)]
+    ("kv", "num_recomputed"),
+    [("keep", 32), ("drop", 32), ("swap", 0), ("backup", 0), ("auto", 0)],
 )
 def test_a_preempted_call_goes_on_as_if_nothing_had_been(kv: str, num_recomputed: int) -> None:
-    """Its output is the same; only swapping saves it from computing everything again."""
+    """Its output is the same; only host memory saves it from computing everything again."""
     rig = _rig(kv)
     req = _running(rig, "a")
     rig.preempt([req])
     _crowd_out(rig)
     assert _finish(rig, req) == answer(PROMPT, 20)
     assert rig.num_recomputed == num_recomputed
-    assert rig.swaps.counters.swaps_in == (kv in ("swap", "auto"))
+    assert rig.swaps.counters.swaps_in == (kv in ("swap", "backup", "auto"))
     assert rig.swaps.totals()["host_pool_used_bytes"] == 0
 
 
@@ -132,15 +133,72 @@ def test_a_full_host_pool_leaves_the_kv_to_eviction_and_counts() -> None:
     assert rig.num_recomputed == 0
 
 
-def test_auto_counts_what_others_have_kept() -> None:
-    """Memory to spare is spent once: the second victim of the same size does not fit."""
-    rig = _rig("auto")
-    first = _running(rig, "a", list(range(1, 20)))
-    second = _running(rig, "b", list(range(21, 40)))
-    rig.preempt([first], spare_tokens=30)
-    assert rig.swaps.counters.swaps_out == 0
-    rig.preempt([second], spare_tokens=30)
-    assert rig.swaps.counters.swaps_out == 1
+def test_a_backup_costs_no_copy_back_while_the_tree_has_the_rows() -> None:
+    """Without memory pressure the call resumes as if its KV had been kept."""
+    rig = _rig("backup")
+    req = _running(rig, "a")
+    rig.preempt([req])
+    assert rig.swaps.counters.swapped_out_tokens == len(PROMPT) + 2
+    assert _finish(rig, req) == answer(PROMPT, 20)
+    assert rig.swaps.counters.swaps_in == rig.num_recomputed == 0
+    assert rig.swaps.totals()["host_pool_used_bytes"] == 0
+
+
+def _waiting_for_a_slot(rig: Rig, num_held: int = 1) -> Req:
+    """A swapped call, next in line, while two others of some length hold both slots."""
+    req = _running(rig, "a")
+    rig.preempt([req])
+    rig.waiting.remove(req)
+    for i, rid in enumerate("bc"):
+        rig.submit(rid, [40 + i] * num_held, 20)
+    rig.step()
+    rig.waiting.append(req)
+    rig.step()
+    assert req in rig.waiting and len(rig.running) == 2
+    return req
+
+
+def test_the_call_next_in_line_is_prefetched() -> None:
+    """Its rows come back, as evictable cache, before it has a slot; then nothing is copied."""
+    rig = _rig("swap", num_kv_tokens=200)
+    evictable = rig.tree_cache.evictable_size()
+    req = _waiting_for_a_slot(rig)
+    counters = rig.swaps.counters
+    assert (counters.swaps_in, counters.prefetches, counters.prefetch_hits) == (1, 1, 0)
+    assert rig.tree_cache.evictable_size() >= evictable + len(PROMPT) + 2
+    assert _finish(rig, req) == answer(PROMPT, 20)
+    assert (counters.swaps_in, counters.prefetch_hits, rig.num_recomputed) == (1, 1, 0)
+
+
+def test_a_prefetch_needs_room_that_nobody_has_a_claim_on() -> None:
+    """With less than the call's whole need to spare, nothing is copied or evicted for it."""
+    rig = _rig("swap", num_kv_tokens=60)
+    _waiting_for_a_slot(rig, num_held=14)
+    assert rig.swaps.counters.prefetches == 0
+
+
+def test_prefetched_rows_give_way_and_come_back() -> None:
+    """They are cache like any other: evicted in need, and copied once more on admission."""
+    rig = _rig("swap", num_kv_tokens=200)
+    req = _waiting_for_a_slot(rig)
+    rig.waiting.clear()
+    for other in list(rig.running):
+        _finish(rig, other)
+    _crowd_out(rig)
+    rig.waiting.append(req)
+    assert _finish(rig, req) == answer(PROMPT, 20)
+    counters = rig.swaps.counters
+    assert (counters.swaps_in, counters.prefetch_hits, rig.num_recomputed) == (2, 1, 0)
+
+
+def test_an_abort_after_a_prefetch_leaves_nothing_behind() -> None:
+    """The chunk is freed; the rows stay in the tree, like those of any call that was aborted."""
+    rig = _rig("swap", num_kv_tokens=200)
+    req = _waiting_for_a_slot(rig)
+    assert rig.swaps.counters.prefetches == 1
+    rig.abort(req)
+    rig.check_integrity()
+    assert rig.swaps.totals()["host_pool_used_bytes"] == 0
 
 
 def test_an_aborted_call_frees_its_chunk() -> None:
@@ -186,6 +244,12 @@ def test_random_events_leak_nothing_and_change_nothing(seed: int) -> None:
     assert found["completed"] > 30
     assert found["swaps_out"] > 10 and found["swaps_in"] > 5
     assert found["retractions"] > 0 and found["dropped_for_full_pool"] > 0
+
+
+def test_random_events_with_room_to_prefetch() -> None:
+    """A larger KV pool, so that calls wait for a batch slot with memory to spare."""
+    found = Chaos(0, num_kv_tokens=160).run(600)
+    assert found["prefetches"] >= found["prefetch_hits"] > 5
 
 
 @pytest.mark.parametrize(
