@@ -53,6 +53,7 @@ from bench.trace import TraceError
 
 UNITS: Final = {"steps": 0.0, "tokens": 1.0, "outputs": 1e-9}  # as prefill_weight; 0 measures
 AXES: Final[dict[str, tuple[Any, ...]]] = {
+    "policy": ("mlfq", "plas", "atlas", "gittins"),
     "levels": (2, 4, 6, 7, 8, 9, 10, 12),
     "quantum": (0.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 1024.0),
     "factor": (1.5, 2.0, 3.0, 4.0, 8.0),

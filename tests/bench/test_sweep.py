@@ -42,6 +42,15 @@ def test_ties_and_units_become_policy_and_weight():
     assert chosen.config.prefill_weight == 1.0
 
 
+def test_the_policy_is_an_axis_too():
+    """Another policy keeps the settings; none of them is stock order, which all are compared to."""
+    chosen = scheduling(BASE, {"policy": "gittins"})
+
+    assert chosen.policy.is_learned
+    assert chosen.config.beta == BASE.config.beta
+    assert "fcfs" not in AXES["policy"]
+
+
 def test_the_last_level_begins_where_it_is_put():
     """From 32 steps in factors of 2, a last level from 2048 on is the eighth; never below two."""
     default = ProgramConfig(quantum=32.0, factor=2.0)
