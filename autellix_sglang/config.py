@@ -35,7 +35,8 @@ class ProgramConfig:
     """Settings of the program scheduler; `--program-X` on the command line sets field `X`.
 
     Services and waits are in steps: one generated token is 1 step, one uncached prefill token
-    is `prefill_weight` steps.
+    is `prefill_weight` steps. The defaults of `levels` to `schedule_interval` are those of a sweep
+    (docs/defaults.md); docs/policies.md says why `policy` is what it is.
     """
 
     policy: str = _setting("plas", "order of calls; 'off' is stock SGLang, untouched")

@@ -1,14 +1,15 @@
 """The bars of the learning policy: how workloads shift, how verdicts are made, one small run."""
 
+import argparse
 import json
 from collections import Counter
 
-import pytest
-
-from bench.gittins import ALIKE, Limit, Verdict, grown, main, swapped
+from bench.gittins import ALIKE, Limit, Verdict, cases, grown, main, swapped
+from bench.sim import Setup
+from bench.sim_device import PRESETS
 from bench.sim_engine import Kinds, blueprint
-from bench.synthetic import corpora
-from bench.trace import sample
+from bench.synthetic import corpora, generate
+from bench.trace import sample, save
 
 
 def plans_of(workload, count=30, kinds=Kinds.NAME):
@@ -39,12 +40,30 @@ def test_grown_programs_look_like_the_small_ones():
     assert {plan.trace.kind for plan in drawn[10:]} == {"tree"}
 
 
-def test_a_verdict_is_of_the_geometric_mean_over_seeds():
-    """0.8 and 1.25 make 1.0, which keeps a bar of 1.0."""
-    verdict = Verdict("mixed", 1.0, Limit(("program_response_s", "p99"), "fcfs", 1.0), (0.8, 1.25))
+def test_the_wide_mix_is_the_recorded_one_and_more(tmp_path):
+    """It holds the programs of all files, and both mixes are judged and swapped."""
+    chat, react = tmp_path / "chat.jsonl", tmp_path / "react.jsonl"
+    save(generate("chat", 5, 0), chat)
+    save(generate("react", 5, 0), react)
+    options = argparse.Namespace(traces=[chat], wide=[react], scale=1.0, max_calls=None)
+    setup = Setup(device=PRESETS["a100-8b"], window_s=1.0)
+    found = {case.name: case for case in cases(options, setup, 1.0)}
 
-    assert verdict.value == pytest.approx(1.0)
-    assert verdict.row()[-1] == ("met" if verdict.is_met else "missed")
+    assert {p.trace.kind for p in found["recorded"].reference} == {"chat"}
+    assert {p.trace.kind for p in found["wide"].reference} == {"chat", "react"}
+    assert {"recorded swap", "wide swap"} < set(found)
+
+
+def test_a_verdict_is_of_the_median_over_seeds():
+    """One bad seed of three does not miss a bar, two do; the worst is told in either case."""
+    limit = Limit(("program_response_s", "p99"), "fcfs", 1.0)
+    once, twice = (
+        Verdict("mixed", 1.0, limit, values) for values in [(0.8, 1.5, 0.9), (1.1, 0.9, 1.2)]
+    )
+
+    assert (once.value, once.worst, once.is_met) == (0.9, 1.5, True)
+    assert (twice.value, twice.worst, twice.is_met) == (1.1, 1.2, False)
+    assert once.row()[-1] == "met"
 
 
 def test_the_command_judges_every_bar(capsys):

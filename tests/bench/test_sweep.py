@@ -7,7 +7,7 @@ import pytest
 from autellix_sglang.config import ProgramConfig
 from autellix_sglang.errors import ConfigError
 from bench.sim_engine import Scheduling
-from bench.sweep import AXES, choices, main, num_levels, scheduling
+from bench.sweep import AXES, Row, Store, choices, main, num_levels, print_tables, scheduling
 
 BASE = Scheduling(config=ProgramConfig(policy="plas", beta=5.0))
 
@@ -42,6 +42,15 @@ def test_ties_and_units_become_policy_and_weight():
     assert chosen.config.prefill_weight == 1.0
 
 
+def test_the_policy_is_an_axis_too():
+    """Another policy keeps the settings; none of them is stock order, which all are compared to."""
+    chosen = scheduling(BASE, {"policy": "gittins"})
+
+    assert chosen.policy.is_learned
+    assert chosen.config.beta == BASE.config.beta
+    assert "fcfs" not in AXES["policy"]
+
+
 def test_the_last_level_begins_where_it_is_put():
     """From 32 steps in factors of 2, a last level from 2048 on is the eighth; never below two."""
     default = ProgramConfig(quantum=32.0, factor=2.0)
@@ -63,15 +72,65 @@ def test_a_value_that_no_server_accepts_is_refused():
         scheduling(BASE, {"factor": 1.0})
 
 
+COMMAND = "--axes tie unit --minutes 1 --slots 4 --loads 1.2 --workloads chat"
+
+
+def result_of(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
 def test_the_command_prints_ratios_to_stock_order(capsys):
     """Every choice has its ratios; with fcfs as the policy nothing matters and all are 1."""
-    command = "--axes tie unit --minutes 1 --slots 4 --loads 1.2 --workloads chat"
-    assert main([*command.split(), "--program-policy", "fcfs"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main([*COMMAND.split(), "--program-policy", "fcfs"]) == 0
+    result = result_of(capsys)
 
     assert [row["values"] for row in result["rows"]] == [
         {"tie": "program"}, {"tie": "call"},
         {"unit": "steps"}, {"unit": "tokens"}, {"unit": "outputs"},
     ]  # fmt: skip
     for row in result["rows"]:
-        assert all(ratio == pytest.approx(1.0) for ratio in row["ratios"]["chat"].values())
+        assert row["workload"] == "chat"
+        assert all(ratio == pytest.approx(1.0) for ratio in row["ratios"].values())
+
+
+def test_a_sweep_in_slices_is_the_sweep_in_one_go(capsys, tmp_path):
+    """A slice without time does nothing, the next run all, one after that nothing again."""
+    whole_path, path = tmp_path / "whole.json", tmp_path / "slices.json"
+    assert main([*COMMAND.split(), "--store", str(whole_path)]) == 0
+    whole = result_of(capsys)
+    assert main([*COMMAND.split(), "--store", str(path), "--slice", "0"]) == 0
+    first = result_of(capsys)
+    for _ in range(2):
+        assert main([*COMMAND.split(), "--store", str(path)]) == 0
+    last = result_of(capsys)
+
+    assert len(first["rows"]) < len(whole["rows"]) == 5
+    assert last["rows"] == whole["rows"] == json.loads(path.read_text())["rows"]
+    assert last["cpu_s"] == pytest.approx(json.loads(path.read_text())["cpu_s"])
+
+
+def test_a_store_of_another_sweep_is_refused(tmp_path):
+    """Results of different loads do not mix in one file."""
+    path = tmp_path / "sweep.json"
+    ratios = dict.fromkeys(["latency", "response", "p99", "longest"], 1.0)
+    Store(path, {"loads": [1.0]}, {}).add(Row({"tie": "call"}, "chat", ratios, 0.0), 1.0)
+
+    with pytest.raises(ConfigError, match="another sweep"):
+        Store(path, {"loads": [1.2]}, {})
+
+
+def test_a_table_says_how_far_the_default_is_from_the_best(capsys):
+    """Over two workloads the geometric mean counts; the product's own value is in bold."""
+
+    def row(value, workload, latency):
+        ratios = {"latency": latency, "response": 1.0, "p99": 1.0, "longest": 1.0}
+        return Row({"min_run": value}, workload, ratios, 0.1)
+
+    default = ProgramConfig().min_run
+    print_tables([row(default, "a", 0.6), row(default, "b", 0.6), row(8.0, "a", 0.4),
+                  row(8.0, "b", 0.4), row(1.0, "a", 0.1)])  # fmt: skip
+    out = capsys.readouterr().out
+
+    assert f"| **{default:g}** | 0.60 / 1.00 / 1.00 (0.10) |" in out
+    assert "mean latency: 1.500 of the best (8); p99 response: 1.000 of the best" in out
+    assert "| 1 |" not in out  # not measured in every workload
