@@ -46,7 +46,11 @@ class ProgramConfig:
     beta: float = _setting(
         8.0, "promote a program stalled for beta times its service; 0 switches promotion off"
     )
-    min_run: float = _setting(64.0, "steps a call runs before it may be preempted again")
+    min_run: float = _setting(
+        64.0,
+        "steps a call runs before it may be preempted again, more where it would have to be "
+        "computed again; 0 for no such rule",
+    )
     schedule_interval: int = _setting(8, "consider preemption at most every this many steps")
     prefill_weight: float = _setting(
         0.0, "steps that one uncached prefill token costs; 0 measures it at start"

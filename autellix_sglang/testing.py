@@ -154,6 +154,9 @@ class FakeEngine:
         request: Request = call.handle
         return request.num_tokens
 
+    def resume_steps(self, call: Call) -> float:
+        return 0.0  # all KV is kept
+
     # -- one step --------------------------------------------------------------------------------
 
     @property

@@ -70,6 +70,9 @@ class FullEngine:
     def holding(self, call: Call) -> int:
         return PREFILL
 
+    def resume_steps(self, call: Call) -> float:
+        return 1.0
+
     def run_pass(self) -> Plan:
         plan = self.planner.plan(self)
         if plan.order is not None:

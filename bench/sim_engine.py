@@ -32,6 +32,7 @@ from enum import Enum
 from typing import Final
 
 from autellix_sglang.config import ProgramConfig
+from autellix_sglang.core.kv import LossShare
 from autellix_sglang.core.planner import Demand, Planner
 from autellix_sglang.core.policy import POLICIES, Levels, Policy
 from autellix_sglang.core.program import Call, Program, ProgramTable
@@ -298,10 +299,10 @@ class SimEngine:
         self.weight = config.prefill_weight or device.prefill_weight
         self.num_prefilled = 0
         self.num_recomputed = 0
+        self.kv_loss = LossShare()
         self.num_copied = 0
         self._scheduling = scheduling
         self._order = ORDERS.get(scheduling.name)
-        self._min_run = min_run
         self._is_clairvoyant = scheduling.baseline is not None
         self._num_slots = num_slots
         self._chunk_tokens = chunk_tokens
@@ -467,11 +468,12 @@ class SimEngine:
         assert best is not None
         self._considered_at = self.table.clock
         self._may_leave_at = math.inf
+        least = self.planner.least_run(self, best, len(self._decoding))
         for request in self._decoding:
             call = request.call
             if call.level > best.level or self._is_clairvoyant:
                 self._settle(request.program)
-                missing = self._min_run - (call.service - call.started_service)
+                missing = least(call) - (call.service - call.started_service)
                 if missing > 0:
                     may_leave_at = self._num_decodes + missing
                     self._may_leave_at = min(self._may_leave_at, may_leave_at)
@@ -489,6 +491,10 @@ class SimEngine:
         self._settle(request.program)
         num_alone = self.cache.num_held_alone(request.locked)
         return num_alone + request.num_tokens - request.locked.end + request.num_left
+
+    def resume_steps(self, call: Call) -> float:
+        request: Request = call.handle
+        return self.kv_loss.value * request.num_tokens * self.weight
 
     # -- on and off the batch --------------------------------------------------------------------
 
@@ -517,6 +523,8 @@ class SimEngine:
         num_copied = min(request.num_on_host, num_new)
         request.num_missing = max(1, num_new - num_copied)
         request.num_on_host = 0
+        if request.call.num_preemptions:
+            self.kv_loss.note(request.num_missing - 1, request.num_tokens)
         self._copy(num_copied)
         self.cache.lock(node)
         request.locked = node

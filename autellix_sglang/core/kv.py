@@ -15,6 +15,7 @@ from typing import Final
 
 HOST_SHARE: Final = 0.25  # of the host memory that is available at start
 HOST_LIMIT_GIB: Final = 32.0
+RESUMES_HEEDED: Final = 16  # about so many decide what `LossShare` says
 AUTO: Final = "auto"
 MIXED: Final = "mixed"
 
@@ -56,6 +57,21 @@ def choose(mode: str, own_tokens: int, break_even_tokens: int | None, turn: int)
         return Fate(mode)
     pays = break_even_tokens is not None and own_tokens >= break_even_tokens
     return Fate.BACKUP if pays else Fate.KEEP
+
+
+class LossShare:
+    """The share of preempted calls' KV that has been gone when they resumed, of late.
+
+    A fact of all ranks alike: it follows from what was admitted with how many cached tokens.
+    """
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def note(self, num_lost: int, num_tokens: int) -> None:
+        """A preempted call resumes, and has to compute again so many of its tokens."""
+        if num_tokens > 0:
+            self.value += (min(num_lost, num_tokens) / num_tokens - self.value) / RESUMES_HEEDED
 
 
 def break_even(prefill_token_s: float, swap_token_s: float, swap_fixed_s: float) -> int | None:

@@ -6,7 +6,7 @@ carries the plan out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -45,6 +45,9 @@ class EngineView(Protocol):
     def holding(self, call: Call) -> int:
         """KV tokens that preempting a running call would make available."""
 
+    def resume_steps(self, call: Call) -> float:
+        """Steps that resuming a running call, were it preempted, would probably take."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -65,8 +68,11 @@ def standing(call: Call) -> tuple[int, int, int]:
 class Planner:
     """Plans one pass after the other over one table.
 
-    `min_run` is in steps of own service since a call last started; `interval` in steps of the
-    virtual clock between two considerations of preemption.
+    `interval` is in steps of the virtual clock between two considerations of preemption. `min_run`
+    is in steps of own service since a call last started. Where a call would have to be computed
+    again it is more: that holds up all running calls, so it first runs for as many steps as they
+    would lose by it together. Otherwise, with KV short, calls would mostly undo each other's work.
+    For a promoted call, or with `min_run` 0, none of this counts.
     """
 
     def __init__(self, table: ProgramTable, min_run: float, interval: float) -> None:
@@ -114,9 +120,18 @@ class Planner:
         # What fits, and who may be preempted yet, changes without an event.
         is_all_seen = len(running) == table.num_live_calls - len(table.queue)
         self._is_settled = is_all_seen and not worse
-        candidates = [c for c in worse if c.service - c.started_service >= self._min_run]
+        least = self.least_run(engine, best, len(running))
+        candidates = [c for c in worse if c.service - c.started_service >= least(c)]
         candidates.sort(key=standing)  # the last one goes first
         return _select(table, engine, candidates)
+
+    def least_run(
+        self, engine: EngineView, best: Call, num_running: int
+    ) -> Callable[[Call], float]:
+        """What a running call must have run before it may be preempted for `best`, in steps."""
+        if best.is_promoted or not self._min_run:
+            return lambda call: self._min_run
+        return lambda call: max(self._min_run, num_running * engine.resume_steps(call))
 
 
 def _select(table: ProgramTable, engine: EngineView, candidates: list[Call]) -> tuple[Call, ...]:

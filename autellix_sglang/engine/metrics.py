@@ -39,6 +39,7 @@ COUNTERS: Final = {
 GAUGES: Final = {
     "programs": ("programs", "Programs that are remembered."),
     "live_calls": ("live_calls", "Calls waiting or running."),
+    "kv_loss_share": ("kv_loss_share", "Share of preempted calls' KV that is lost on resumption."),
     "swapped_calls": ("swapped_calls", "Calls whose KV is in host memory."),
     "host_pool_bytes": ("host_pool_bytes", "Host memory for swapped KV."),
     "host_pool_used_bytes": ("host_pool_used_bytes", "Of it, in use."),

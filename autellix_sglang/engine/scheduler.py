@@ -27,6 +27,7 @@ from sglang.utils import TypeBasedDispatcher
 from autellix_sglang import __version__
 from autellix_sglang.config import ProgramConfig
 from autellix_sglang.core.infer import HistoryIndex, Origin
+from autellix_sglang.core.kv import LossShare
 from autellix_sglang.core.planner import Planner
 from autellix_sglang.core.policy import POLICIES, Levels
 from autellix_sglang.core.program import Call, Phase, ProgramTable
@@ -64,6 +65,7 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         self.swaps = SwapManager(self)
         self.configure(ProgramConfig.from_env())
         self.is_kv_blocked = False  # SGLang refused, for lack of KV, a call that the plan let in
+        self.kv_loss = LossShare()
         self.num_recomputed_tokens = 0
         self.num_orphans = 0
         self._num_checked_events = -1
@@ -231,6 +233,9 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
             self.swaps.note_admission(req, num_cached)
             call = call_of(req)
             if call is not None and call.phase is Phase.WAITING:
+                num_computed = tracked(req).num_computed_tokens
+                if call.num_preemptions:
+                    self.kv_loss.note(max(0, num_computed - num_cached - 1), num_computed)
                 self.program_table.start(call)
         self.is_kv_blocked = not admitted and self._is_refused_for_kv(next_plan.running_batch)
         if self.is_kv_blocked:

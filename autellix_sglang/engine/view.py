@@ -69,6 +69,11 @@ class SchedulerView:
         req = call.handle
         return int(req.kv.kv_committed_len + self._reserved(req))
 
+    def resume_steps(self, call: Call) -> float:
+        scheduler, req = self._scheduler, call.handle
+        num_tokens = len(req.origin_input_ids) + len(req.output_ids)
+        return float(scheduler.kv_loss.value * num_tokens * scheduler.prefill_weight)
+
     def _reserved(self, req: Any) -> int:
         """KV tokens that SGLang sets aside for what a running request may still generate."""
         is_fixed = req.sampling_params.ignore_eos  # no early end to count on

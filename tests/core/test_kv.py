@@ -10,6 +10,7 @@ from autellix_sglang.core.kv import (
     KV_CHOICES,
     MIXED,
     Fate,
+    LossShare,
     break_even,
     choose,
     default_host_gib,
@@ -70,3 +71,18 @@ def test_default_host_memory_is_a_share_of_what_is_available() -> None:
     assert default_host_gib(8 * 2**30) == 2.0
     assert default_host_gib(2**40) == HOST_LIMIT_GIB
     assert default_host_gib(8 * 2**30, num_engines=4) == 0.5
+
+
+def test_loss_share_follows_what_resuming_calls_have_lost() -> None:
+    """It goes to the share that is lost of late, and never beyond 0 and 1."""
+    loss = LossShare()
+    assert loss.value == 0
+    loss.note(0, 0)  # nothing had been computed: nothing to learn
+    for _ in range(100):
+        loss.note(30, 40)
+    assert loss.value == pytest.approx(0.75, abs=0.01)
+    loss.note(50, 40)
+    assert 0.75 < loss.value < 1
+    for _ in range(100):
+        loss.note(0, 40)
+    assert loss.value == pytest.approx(0, abs=0.01)

@@ -29,6 +29,7 @@ class Scene:
     prefill_tokens: int = PLENTY
     demands: dict[str, Demand] = field(default_factory=dict)
     holdings: dict[str, int] = field(default_factory=dict)
+    resumptions: dict[str, float] = field(default_factory=dict)
     hidden: set[str] = field(default_factory=set)  # running, not preemptible now
     num_looks: int = 0
 
@@ -64,6 +65,9 @@ class Scene:
 
     def holding(self, call: Call) -> int:
         return self.holdings.get(call.rid, 1)
+
+    def resume_steps(self, call: Call) -> float:
+        return self.resumptions.get(call.rid, 0)
 
 
 # -- whom ----------------------------------------------------------------------------------------
@@ -228,6 +232,34 @@ def test_min_run_spares_and_is_reconsidered_without_an_event() -> None:
     scene.table.charge(call, 1)
     scene.table.advance(1)
     assert scene.victims() == ["r"]
+
+
+@pytest.mark.parametrize(("ran", "victims"), [(39, ["cheap"]), (40, ["costly", "cheap"])])
+def test_call_that_is_costly_to_resume_runs_as_long_as_that_delays_the_batch(
+    ran: float, victims: list[str]
+) -> None:
+    """With KV short, a call first runs for the steps that all running calls lose by it."""
+    scene = Scene(min_run=8)
+    scene.running("cheap", 50)
+    scene.running("costly", ran)
+    scene.resumptions["costly"] = 20
+    for rid in ("v", "w"):
+        scene.waiting(rid)
+    assert sorted(scene.victims()) == sorted(victims)
+
+
+def test_cost_of_resumption_spares_nobody_from_a_promoted_call_or_without_min_run() -> None:
+    """Starvation ends whatever it costs, and `min_run` 0 switches the rule off."""
+    free = Scene(min_run=0)
+    starving = Scene(min_run=8)
+    for scene in (free, starving):
+        scene.running("r", 50)
+        scene.resumptions["r"] = 1000
+        scene.waiting("w", 15 if scene is starving else 0)
+    assert free.victims() == ["r"]
+    assert starving.victims() == []
+    starving.table.advance(15)  # beta is 1
+    assert starving.victims() == ["r"]
 
 
 def test_calls_left_out_for_the_prefill_budget_are_reconsidered_without_an_event() -> None:
