@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -29,6 +30,10 @@ def test_outputs_equal_those_of_stock_sglang(capsys: pytest.CaptureFixture[str])
     assert not any(result[key] for key in LEFT_OVERS)
 
 
+@pytest.mark.skipif(
+    not os.environ.get("AUTELLIX_TEST_TP"),
+    reason="two servers of two ranks each: minutes on two cores; AUTELLIX_TEST_TP=1 runs it",
+)
 def test_two_ranks_decide_alike_and_move_their_own_shards(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
