@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from autellix_sglang.router.messages import Headers
+from autellix_sglang.router.metrics import CONTENT_TYPE, worker_label
 
 JSON: Final[Headers] = [(b"content-type", b"application/json")]
 
@@ -69,7 +70,7 @@ def merge_metrics(replies: Sequence[Reply]) -> Reply:
         _sort_samples(reply, families)
     lines = [line for head, samples in families.values() for line in (*head, *samples)]
     body = "\n".join([*lines, ""]).encode()
-    return Reply("", 200, [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")], body)
+    return Reply("", 200, [(b"content-type", CONTENT_TYPE)], body)
 
 
 def _sort_samples(reply: Reply, families: dict[str, tuple[list[str], list[str]]]) -> None:
@@ -91,7 +92,7 @@ def _sort_samples(reply: Reply, families: dict[str, tuple[list[str], list[str]]]
 
 
 def _label(sample: str, worker: str) -> str:
-    label = 'worker="' + worker.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    label = worker_label(worker)
     metric, brace, rest = sample.partition("{")
     if brace and " " not in metric:
         return (

@@ -38,9 +38,9 @@ def exposition(overview: Mapping[str, Any]) -> bytes:
     for key, (kind, text) in OF_ROUTER.items():
         lines += _family(key, kind, text, {"": overview[key]})
     for key, (kind, text) in OF_WORKER.items():
-        samples = {_label(worker): worker[key] for worker in workers}
+        samples = {_labels(worker): worker[key] for worker in workers}
         lines += _family(f"worker_{key}", kind, text, samples)
-    ready = {_label(worker): int(worker["state"] == "ready") for worker in workers}
+    ready = {_labels(worker): int(worker["state"] == "ready") for worker in workers}
     lines += _family("worker_ready", "gauge", "1 if it takes calls.", ready)
     return "\n".join([*lines, ""]).encode()
 
@@ -48,9 +48,14 @@ def exposition(overview: Mapping[str, Any]) -> bytes:
 def _family(key: str, kind: str, text: str, samples: Mapping[str, float]) -> list[str]:
     name = PREFIX + key + ("_total" if kind == "counter" else "")
     head = [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-    return head + [f"{name}{label} {value}" for label, value in samples.items()]
+    return head + [f"{name}{labels} {value}" for labels, value in samples.items()]
 
 
-def _label(worker: Mapping[str, Any]) -> str:
-    name = worker["id"].replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'{{worker="{name}"}}'
+def _labels(worker: Mapping[str, Any]) -> str:
+    return "{" + worker_label(worker["id"]) + "}"
+
+
+def worker_label(name: str) -> str:
+    """The label that tells one worker's sample from another's, whatever its name holds."""
+    escaped = name.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'worker="{escaped}"'

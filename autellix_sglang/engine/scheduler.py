@@ -204,8 +204,9 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         for req in victims:
             # Only now: readmitted in the same pass, a victim would meet its own result in flight.
             self._add_request_to_queue(req, is_retracted=True)
-        self._note_admission(next_plan)
-        self._digest(victims, next_plan.batch_to_run)
+        admitted = _with_prefix_lens(next_plan.batch_to_run)
+        self._note_admission(next_plan, admitted)
+        self._digest(victims, admitted)
         if not victims and next_plan.batch_to_run is None:
             self._prefetch(next_plan.running_batch)
         return next_plan
@@ -227,8 +228,7 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         running_batch.filter_batch(keep_indices=staying)
         running_batch.batch_is_full = False
 
-    def _note_admission(self, next_plan: Any) -> None:
-        admitted = _with_prefix_lens(next_plan.batch_to_run)
+    def _note_admission(self, next_plan: Any, admitted: list[tuple[Any, int]]) -> None:
         for req, num_cached in admitted:
             self.swaps.note_admission(req, num_cached)
             call = call_of(req)
@@ -249,11 +249,11 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         free_tokens = SchedulerView(self, running_batch).free_kv_tokens
         self.swaps.prefetch(first.handle, free_tokens, len(running_batch.reqs))
 
-    def _digest(self, victims: list[Any], admitted: Any) -> None:
+    def _digest(self, victims: list[Any], admitted: list[tuple[Any, int]]) -> None:
         """Take a pass's decisions into the digest; a difference in one shows in all later ones."""
-        if not victims and admitted is None:
+        if not victims and not admitted:
             return
-        reqs = [(req.rid, num_cached) for req, num_cached in _with_prefix_lens(admitted)]
+        reqs = [(req.rid, num_cached) for req, num_cached in admitted]
         taken = [req.rid for req in victims], reqs, dataclasses.astuple(self.swaps.counters)
         self._decisions = zlib.crc32(repr(taken).encode(), self._decisions)
 
