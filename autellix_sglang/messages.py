@@ -26,7 +26,7 @@ class ProgramControl(
     program_id: str = ""
     state: str | None = None
     limit: int = 100
-    after: str | None = None
+    after: int | None = None
     prefill_weight: float | None = None
     all_tenants: bool = False
     config: dict[str, Any] | None = None
@@ -46,7 +46,7 @@ class ProgramReply(
 OPEN = "open"  # start a session: body {"id"}
 END = "end"  # end it: body {"id"}
 GET = "get"  # one program with its calls: body as GET /v1/programs/{id}
-LIST = "list"  # programs: body {"programs": [...], "next": id | None}
+LIST = "list"  # programs: body {"programs": [...], "next": position | None}
 TICK = "tick"  # forget idle programs; body {"programs": how many are left}
 STATS = "stats"  # totals of the scheduler: body of counters
 CALIBRATE = "calibrate"  # set prefill_weight and kv_break_even on every rank: body of both

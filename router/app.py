@@ -23,7 +23,7 @@ import logging
 import math
 import secrets
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from hashlib import blake2b
 from http import HTTPStatus
@@ -36,7 +36,15 @@ from autellix_sglang.errors import IdentityError
 from autellix_sglang.identity import PROGRAM_HEADER, TENANT_HEADER, HeaderIdentity
 from autellix_sglang.router import metrics
 from autellix_sglang.router.balance import BEGINNING_BYTES
-from autellix_sglang.router.everywhere import EVERYWHERE, JSON, Merge, Reply, best
+from autellix_sglang.router.everywhere import (
+    EVERYWHERE,
+    JSON,
+    Merge,
+    Reply,
+    best,
+    merge_programs,
+    next_pages,
+)
 from autellix_sglang.router.hub import Answer, Hub, NoWorkerError, Request, RouterError
 from autellix_sglang.router.messages import Headers
 
@@ -187,11 +195,11 @@ class RouterApp:
         try:
             await body.read(receive)
             request = self._request(scope, body.data)
-            workers, merge = self._everywhere(request)
+            requests, merge = self._everywhere(request)
             if merge is None:
                 await self._forward_one(request, receive, send)
             else:
-                await _send_reply(send, merge(await self._ask(request, workers)))
+                await _send_reply(send, merge(await self._ask(requests)))
         finally:
             body.release()
             hub.num_open -= 1
@@ -266,27 +274,42 @@ class RouterApp:
 
     # -- requests that concern several workers ---------------------------------------------------
 
-    def _everywhere(self, request: Request) -> tuple[list[str], Merge | None]:
-        """The workers to ask and how to merge their answers; no merge if one worker will do."""
+    def _everywhere(self, request: Request) -> tuple[list[Request], Merge | None]:
+        """What to ask which workers, and how to merge their answers; no merge if one will do."""
         if request.worker is not None:
             return [], None
         merge = EVERYWHERE.get((request.method, request.path))
+        if merge is merge_programs:
+            return self._pages(request), merge
         if merge is not None:
-            return list(self.hub.workers), merge
+            return _one_each(request, self.hub.workers), merge
         if not request.path.startswith(PROGRAMS_PATH + "/"):
             return [], None
         known = self.hub.programs.get(request.program)
         if request.method == "DELETE" and request.program is not None:
             self.hub.programs.forget(request.program)
         places = [name for name in known.places if name in self.hub.workers]
-        return places or list(self.hub.workers), best
+        return _one_each(request, places or self.hub.workers), best
 
-    async def _ask(self, request: Request, workers: Sequence[str]) -> list[Reply]:
-        """Every worker's answer to the same request; raises `RouterError` if one has none."""
-        if not workers:
+    def _pages(self, request: Request) -> list[Request]:
+        """The next page of each worker that has one; raises `RouterError` on a bad cursor."""
+        try:
+            queries = next_pages(request.query)
+        except ValueError as error:
+            raise _BadCursorError(str(error)) from None
+        if queries is None:
+            return _one_each(request, self.hub.workers)
+        return [
+            dataclasses.replace(request, worker=worker, query=query)
+            for worker, query in queries.items()
+            if worker in self.hub.workers
+        ]
+
+    async def _ask(self, requests: Sequence[Request]) -> list[Reply]:
+        """The workers' answers; raises `RouterError` if there is none to ask or one has none."""
+        if not requests:
             raise NoWorkerError("no worker is there")
-        one_each = [dataclasses.replace(request, worker=worker) for worker in workers]
-        return list(await asyncio.gather(*map(self._ask_one, one_each)))
+        return list(await asyncio.gather(*map(self._ask_one, requests)))
 
     async def _ask_one(self, request: Request) -> Reply:
         answer = await self.hub.open(request)
@@ -338,7 +361,15 @@ class _TooLargeError(RouterError):
     status = 413
 
 
+class _BadCursorError(RouterError):
+    status = 400
+
+
 # -- what a request says -------------------------------------------------------------------------
+
+
+def _one_each(request: Request, workers: Iterable[str]) -> list[Request]:
+    return [dataclasses.replace(request, worker=worker) for worker in workers]
 
 
 def _is_inference(path: str) -> bool:

@@ -6,14 +6,18 @@ Pure functions from what workers answered to what the client gets.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+from urllib.parse import parse_qsl, urlencode
 
 from autellix_sglang.router.messages import Headers
 from autellix_sglang.router.metrics import CONTENT_TYPE, worker_label
 
 JSON: Final[Headers] = [(b"content-type", b"application/json")]
+_CURSOR_ITEM: Final = re.compile(r"(.+?):([0-9]{1,18})(?:,|$)")  # a worker's id, its position
+_CURSOR: Final = re.compile(rf"(?:{_CURSOR_ITEM.pattern})+(?<!,)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +44,43 @@ def worst(replies: Sequence[Reply]) -> Reply:
 
 
 def merge_programs(replies: Sequence[Reply]) -> Reply:
-    """The programs of all workers in one page; each says which worker has it."""
+    """The programs of a page of each worker in one; each says which worker has it."""
     failed = worst(replies)
     if failed.status != 200:
         return failed
+    pages = {reply.worker: json.loads(reply.body) for reply in replies}
     programs = [
-        {**program, "worker": reply.worker}
-        for reply in replies
-        for program in json.loads(reply.body)["programs"]
+        {**program, "worker": worker}
+        for worker, page in pages.items()
+        for program in page["programs"]
     ]
-    return _json({"programs": programs, "next": None})
+    rest = {worker: page["next"] for worker, page in pages.items() if page["next"] is not None}
+    return _json({"programs": programs, "next": _cursor(rest) if rest else None})
+
+
+def next_pages(query: bytes) -> dict[str, bytes] | None:
+    """By worker, the query for its next page; None where `query` asks for the first ones.
+
+    Raises `ValueError` if its `after` is not the `next` of a merged page.
+    """
+    fields = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
+    if (after := fields.pop("after", None)) is None:
+        return None
+    return {
+        worker: urlencode({**fields, "after": position}).encode()
+        for worker, position in _positions(after).items()
+    }
+
+
+def _cursor(rest: Mapping[str, int]) -> str:
+    """Where each worker goes on."""
+    return ",".join(f"{worker}:{position}" for worker, position in rest.items())
+
+
+def _positions(cursor: str) -> dict[str, int]:
+    if not _CURSOR.fullmatch(cursor):
+        raise ValueError(f"'after' must be the 'next' of the page before, not {cursor[:64]!r}")
+    return {worker: int(position) for worker, position in _CURSOR_ITEM.findall(cursor)}
 
 
 def merge_by_worker(replies: Sequence[Reply]) -> Reply:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from itertools import islice
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from autellix_sglang import messages
 from autellix_sglang.core.program import Program, ProgramTable
@@ -73,25 +70,24 @@ def _find(table: ProgramTable, request: ProgramControl) -> Program:
 
 
 def _page(table: ProgramTable, request: ProgramControl) -> dict[str, Any]:
-    """Programs in order of their arrival, after the one named `after`."""
+    """Programs in order of their arrival, after position `after`.
+
+    The position of a program stays valid when it is forgotten between two pages.
+    """
     chosen = sorted(
         (
             program
             for program in table.programs()
             if (request.all_tenants or program.tenant == request.tenant)
             and (request.state is None or program.state == request.state)
+            and (request.after is None or program.seq > request.after)
         ),
         key=lambda program: program.seq,
     )
-    start = 0
-    if request.after is not None:
-        after = _find(table, msgspec.structs.replace(request, program_id=request.after))
-        start = sum(program.seq <= after.seq for program in chosen)
-    page = list(islice(chosen, start, start + request.limit))
-    is_more = len(chosen) > start + len(page)
+    page = chosen[: request.limit]
     return {
         "programs": [program.summary() for program in page],
-        "next": page[-1].program_id if page and is_more else None,
+        "next": page[-1].seq if len(chosen) > len(page) else None,
     }
 
 

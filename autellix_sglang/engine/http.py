@@ -3,7 +3,7 @@
 SGLang's FastAPI app stays as it is. `install` adds to it
 
     POST   /v1/programs         {"id"?}          -> {"id"}
-    GET    /v1/programs         ?state&limit&after -> {"programs": [...], "next": id | null}
+    GET    /v1/programs         ?state&limit&after -> {"programs": [...], "next": position | null}
     GET    /v1/programs/{id}                     -> the program with its calls
     DELETE /v1/programs/{id}                     -> {"id", "state": "ended"}
     GET    /program_stats                        -> settings and counters
@@ -53,6 +53,7 @@ OWN_PATHS: Final = frozenset({STATS_PATH, CONFIG_PATH})
 DEFAULT_LIMIT: Final = 100
 MAX_LIMIT: Final = 1000
 _LIMIT: Final = re.compile("[1-9][0-9]{0,2}|1000")
+_POSITION: Final = re.compile("[0-9]{1,18}")
 ADMIN: Final = "admin"
 
 
@@ -367,7 +368,7 @@ class ProgramRoutes:
             )
         )
         if not reply.ok:
-            raise UnknownProgramError(fields.get("after") or fields.get("program_id", ""))
+            raise UnknownProgramError(fields.get("program_id", ""))
         return reply.body
 
 
@@ -404,10 +405,12 @@ def _parse_page(query: Mapping[str, str]) -> dict[str, Any]:
         raise IdentityError("state", f"must be one of {', '.join(STATES)}")
     if limit is not None and not _LIMIT.fullmatch(limit):
         raise IdentityError("limit", f"must be an integer from 1 to {MAX_LIMIT}")
+    if after is not None and not _POSITION.fullmatch(after):
+        raise IdentityError("after", "must be the 'next' of the page before")
     return {
         "state": state,
         "limit": DEFAULT_LIMIT if limit is None else int(limit),
-        "after": None if after is None else parse_id("after", after),
+        "after": None if after is None else int(after),
     }
 
 

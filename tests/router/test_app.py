@@ -183,7 +183,10 @@ def reply(worker: str, value: object, status: int = 200) -> Reply:
 
 def test_lists_of_programs_become_one():
     """Each program says whose it is; a failing worker is not passed over in silence."""
-    found = [reply("a", {"programs": [{"id": 1}]}), reply("b", {"programs": [{"id": 2}]})]
+    found = [
+        reply("a", {"programs": [{"id": 1}], "next": None}),
+        reply("b", {"programs": [{"id": 2}], "next": None}),
+    ]
     assert json.loads(everywhere.merge_programs(found).body) == {
         "programs": [{"id": 1, "worker": "a"}, {"id": 2, "worker": "b"}],
         "next": None,
@@ -191,6 +194,34 @@ def test_lists_of_programs_become_one():
     failed = reply("c", {"error": 1}, 503)
     assert everywhere.merge_programs([*found, failed]) == failed
     assert everywhere.merge_by_worker([*found, failed]) == failed
+
+
+def test_pages_of_programs_go_on_where_each_worker_stopped():
+    """The cursor names the workers that have more; without one, all are asked."""
+    pages = [
+        reply("a,b:c", {"programs": [], "next": 7}),
+        reply("d", {"programs": [], "next": None}),
+        reply("e", {"programs": [], "next": 12}),
+    ]
+    cursor = json.loads(everywhere.merge_programs(pages).body)["next"]
+    query = f"state=idle&after={cursor}".encode()
+    assert everywhere.next_pages(query) == {
+        "a,b:c": b"state=idle&after=7",
+        "e": b"state=idle&after=12",
+    }
+    assert everywhere.next_pages(b"limit=5") is None
+    for bad in ("", "a", "a:", "a:x", "a:1,", "12"):
+        with pytest.raises(ValueError, match="'after' must be the 'next'"):
+            everywhere.next_pages(f"after={bad}".encode())
+
+
+async def test_a_bad_cursor_is_a_400(rig):
+    """A cursor that no page gave is refused by name, and no worker is asked."""
+    client = await rig.route()
+    await rig.join("a")
+    answer = await client.get("/v1/programs?after=p")
+    assert answer.status_code == 400 and "'after'" in answer.text
+    assert rig.replicas["a"].seen == []
 
 
 def test_metrics_are_labelled_and_each_family_is_in_one_piece():
