@@ -15,6 +15,8 @@ A rung is heeded only while it foretells better than the one above it. Each prog
 bucket, by going on or for good, scores the rung by the log-likelihood ratio of the two. One that
 has lost all credit has drifted: it is forgotten, its programs rank by the prior, and it is learned
 anew. Where not even all traffic foretells better than the prior, the rank is the prior's as well.
+That comes late where a kind holds programs back that are short of a sudden, for those tell nothing
+until they run. So a kind makes a rank at most `HOLD_BACK` times the prior's.
 
 Standard library only. No clock and no chance: everything follows from the order of the calls.
 """
@@ -45,6 +47,7 @@ SCORE_HALF_LIFE: Final = 16  # programs of its kind
 LEAST_CHANCE: Final = 0.02  # no rung is surer than that of where a program ends
 MAX_KINDS: Final = 1024  # remembered; the longest unseen go first
 LEADING_TOKENS: Final = 64  # what tells system prompts apart
+HOLD_BACK: Final = 2.0  # times the prior's rank
 REWARD: Final = 1.0  # a program of S steps is worth S ** -REWARD when it ends
 _NOTHING: Final = 1e-9  # programs: decides only where none was seen
 _SCORE_DECAY: Final = 2.0 ** (-1 / SCORE_HALF_LIFE)
@@ -274,9 +277,10 @@ class Sizes:
 
     def rank(self, size: Size) -> float:
         """A program's rank in steps, by the most specific of its kinds that is to be trusted."""
+        prior = PRIOR_RANKS[size.bucket]
         for rung in reversed(size.rungs):
             if rung.has_drifted:
                 break
             if rung.is_trusted:
-                return rung.rank(size.bucket)
-        return PRIOR_RANKS[size.bucket]
+                return min(rung.rank(size.bucket), HOLD_BACK * prior)
+        return prior

@@ -26,9 +26,17 @@ def teach(known: Sizes, ladder: sizes.Ladder, services: list[float]) -> None:
 
 
 def rank_at(known: Sizes, ladder: sizes.Ladder, service: float) -> float:
+    """The rank of a new program that has received so much."""
     size = known.enter(ladder)
     known.attain(size, service)
     return known.rank(size)
+
+
+def own_rank_at(known: Sizes, ladder: sizes.Ladder, service: float) -> float:
+    """The rank by the program's narrowest kind alone, which nothing limits."""
+    size = known.enter(ladder)
+    known.attain(size, service)
+    return size.rungs[-1].rank(size.bucket)
 
 
 # -- what is counted -----------------------------------------------------------------------------
@@ -82,7 +90,7 @@ def test_older_programs_fade() -> None:
     teach(known, SHORT, [5000.0] * 200)
     teach(known, SHORT, [100.0] * 8 * sizes.HALF_LIFE)
     assert known.all.mean_service() == pytest.approx(100, rel=0.3)
-    assert rank_at(known, SHORT, 0) == pytest.approx(100, rel=0.2)
+    assert own_rank_at(known, SHORT, 0) == pytest.approx(100, rel=0.2)
 
 
 def test_weights_never_overflow() -> None:
@@ -113,7 +121,7 @@ def test_rank_of_a_sure_thing_is_what_is_left(service: float) -> None:
     """Where all programs are alike the rank is about their size, and less near the end."""
     known = Sizes()
     teach(known, SHORT, [service] * 300)
-    at_start, near_end = rank_at(known, SHORT, 0), rank_at(known, SHORT, 0.8 * service)
+    at_start, near_end = (own_rank_at(known, SHORT, share * service) for share in (0, 0.8))
     assert at_start == pytest.approx(service, rel=0.15)
     assert near_end < 0.7 * at_start
 
@@ -123,17 +131,29 @@ def test_rank_is_the_best_ratio_of_reward_to_service() -> None:
     known = Sizes()
     teach(known, SHORT, [100.0, 10_000.0] * 300)
     # Half of them end within 100 steps and are worth 1/100: (100 * 100 / 0.5) ** 0.5 steps.
-    assert rank_at(known, SHORT, 0) == pytest.approx(141, rel=0.15)
-    assert rank_at(known, SHORT, 200) == pytest.approx(9_900, rel=0.15)
+    assert own_rank_at(known, SHORT, 0) == pytest.approx(141, rel=0.15)
+    assert own_rank_at(known, SHORT, 200) == pytest.approx(9_900, rel=0.15)
 
 
 def test_kinds_are_told_apart() -> None:
-    """A kind that has been short is ahead of one that has been long, from the first call on."""
+    """What a kind that has been long takes puts its programs back; a short one's stay in front."""
     known = Sizes()
     for _ in range(30):
         teach(known, SHORT, [100.0])
         teach(known, LONG, [5000.0])
-    assert rank_at(known, SHORT, 0) < 0.5 * rank_at(known, LONG, 0)
+    short, long = (rank_at(known, ladder, 80) for ladder in (SHORT, LONG))
+    assert long > 1.5 * short
+
+
+@pytest.mark.parametrize("service", [0.0, 20.0, 300.0, 4000.0])
+def test_a_kind_holds_a_program_back_so_far_and_no_further(service: float) -> None:
+    """A rank is at most twice the prior's, however long the kind has been."""
+    known = Sizes()
+    teach(known, LONG, [50_000.0] * 50)
+    size = known.enter(LONG)
+    known.attain(size, service)
+    assert known.rank(size) == sizes.HOLD_BACK * sizes.PRIOR_RANKS[size.bucket]
+    assert own_rank_at(known, LONG, service) > known.rank(size)
 
 
 def test_an_unknown_kind_is_taken_for_the_average() -> None:
@@ -141,7 +161,8 @@ def test_an_unknown_kind_is_taken_for_the_average() -> None:
     known = Sizes()
     teach(known, SHORT, [100.0] * 50)
     size = known.enter((("never seen",),))
-    assert known.rank(size) == known.all.rank(0)
+    known.attain(size, 80.0)
+    assert known.rank(size) == known.all.rank(size.bucket)
 
 
 # -- drift ---------------------------------------------------------------------------------------
@@ -223,13 +244,16 @@ def gittins(**settings: float) -> ProgramTable:
 
 
 def test_known_short_programs_go_first() -> None:
-    """A new program of a kind known to be short goes before an older one of a long kind."""
+    """With as much received, one of a kind known to be short goes before an older, long one."""
     table = gittins()
     for i in range(20):
         served(table, f"s{i}", SHORT, 100)
         served(table, f"l{i}", LONG, 5000)
-    long = table.open_call("long", program_id="long", kinds=LONG)
-    short = table.open_call("short", program_id="short", kinds=SHORT)
+    calls = []
+    for name, kinds in (("long", LONG), ("short", SHORT)):
+        served(table, name, kinds, 80)
+        calls.append(table.open_call(f"{name} again", program_id=name, kinds=kinds))
+    long, short = calls
     assert list(table.queue) == [short, long]
     assert short.level < long.level
     table.check_integrity()

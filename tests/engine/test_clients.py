@@ -81,11 +81,12 @@ def test_the_openai_client(engine: Engine) -> None:
         base_url=engine.url + "/v1", api_key="none", default_headers={"x-program-id": "sync"}
     ) as client:
         whole = client.chat.completions.create(
-            model="m", messages=MESSAGES, max_tokens=5, extra_headers={"x-call-id": "one"}
-        )
+            model="m", messages=MESSAGES, max_tokens=5, extra_body={"ignore_eos": True},
+            extra_headers={"x-call-id": "one"},
+        )  # fmt: skip
         chunks = client.chat.completions.create(
-            model="m", messages=MESSAGES, max_tokens=5, stream=True,
-            extra_headers={"x-parent-call-ids": "one"}, temperature=0,
+            model="m", messages=MESSAGES, max_tokens=5, extra_body={"ignore_eos": True},
+            stream=True, extra_headers={"x-parent-call-ids": "one"},
         )  # fmt: skip
         streamed = "".join(
             chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices

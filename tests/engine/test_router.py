@@ -85,11 +85,12 @@ def test_the_openai_client(fleet: Fleet) -> None:
         base_url=fleet.url + "/v1", api_key="none", default_headers={"x-program-id": "sdk"}
     ) as client:
         whole = client.chat.completions.create(
-            model="m", messages=MESSAGES, max_tokens=5, extra_headers={"x-call-id": "one"}
-        )
+            model="m", messages=MESSAGES, max_tokens=5, extra_body={"ignore_eos": True},
+            extra_headers={"x-call-id": "one"},
+        )  # fmt: skip
         chunks = client.chat.completions.create(
-            model="m", messages=MESSAGES, max_tokens=5, stream=True,
-            extra_headers={"x-parent-call-ids": "one"},
+            model="m", messages=MESSAGES, max_tokens=5, extra_body={"ignore_eos": True},
+            stream=True, extra_headers={"x-parent-call-ids": "one"},
         )  # fmt: skip
         streamed = [chunk for chunk in chunks if chunk.choices]
         with pytest.raises(openai.BadRequestError, match="x-program-id"):
