@@ -10,10 +10,12 @@ SGLang's own orders (`off` is its fcfs, then `lpm` and `hrrn`) get a server each
 one, whose policy is switched live; servers run one after the other, as a GPU holds one at a time.
 
 Capacity is measured once, on the first server, and every policy sees the same programs and the
-same arrivals at each load. Programs arrive for so long that all runs fit `--minutes`. A call that
-is lost makes the exit status 1.
+same arrivals at each load. Programs arrive for so long that all runs fit `--minutes`, given how
+long the first server took to start (its kernels may be compiled then; later ones find them done).
+A call that is lost makes the exit status 1.
 
-The result goes to `--json` and as a page with charts to `--html`. The last line of stdout is one
+The result goes to `--json` and as a page with charts to `--html`, anew after each server, so that
+one that fails costs only its own policies. The last line of stdout is one
 JSON object: `loads` holds what `bench.serve` prints, for each load.
 """
 
@@ -26,11 +28,13 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Any, Final
+
+import torch
 
 from autellix_sglang.config import ProgramConfig
 from autellix_sglang.platform.tiny_model import cache_directory, write_tokenizer
@@ -87,11 +91,16 @@ class Device:
     flags: tuple[str, ...]
     slots: int
     scale: float
-    start_s: float  # of one server, generously
+    start_s: float  # of one server, about; measured on the first
 
 
 def cuda_device() -> Device:
-    """Llama-3.1-8B's shapes; writes the model's directory if it is not there."""
+    """Llama-3.1-8B's shapes; writes the model's directory if it is not there.
+
+    Raises `ValueError` where torch finds no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("torch finds no CUDA device; --device cpu runs it with the tiny model")
     flags = (
         *("--model-path", str(ensure_dummy_8b()), "--load-format", "dummy"),
         *("--dtype", "bfloat16", "--context-length", str(CONTEXT_TOKENS)),
@@ -150,13 +159,13 @@ def stages(policies: Sequence[str]) -> list[tuple[str, ...]]:
     return [*stock, ours] if ours else stock
 
 
-def window_s(options: GpuOptions, device: Device) -> float:
+def window_s(options: GpuOptions, spent_s: float, starts_s: float) -> float:
     """How long programs may arrive in each run, so that all of it fits into the minutes.
 
-    Raises `ValueError` where that is less than a second.
+    `spent_s` is gone, and `starts_s` will go into the starts of servers. Raises `ValueError` where
+    less than a second is left.
     """
-    starts = len(stages(options.policies)) * device.start_s
-    left = 60 * options.minutes - starts - options.calibration_s
+    left = 60 * options.minutes - spent_s - starts_s
     longest = (1 + DRAIN_SHARE) * max(1.0, max(options.loads))
     window = left / (len(options.policies) * len(options.loads)) / longest
     if window < 1:
@@ -222,54 +231,63 @@ def serve_options(options: GpuOptions, device: Device) -> ServeOptions:
     )
 
 
-def benchmark(options: GpuOptions, device: Device) -> tuple[Plan, Runs]:
-    """Every stage's servers in turn; the first also tells how much the engine can do."""
-    window = window_s(options, device)
+def benchmark(options: GpuOptions, device: Device, save: Callable[[Plan, Runs], None]) -> None:
+    """Every stage's servers in turn; the first also tells how much the engine can do.
+
+    Calls `save` with what there is after each stage.
+    """
+    started = time.perf_counter()
+    stages_left = len(stages(options.policies))
+    window_s(options, options.calibration_s, stages_left * device.start_s)
     common = serve_options(options, device)
     corpora = serve.load_corpora(common)
     runs: Runs = {load: {} for load in options.loads}
     plan: Plan | None = None
     for policies in stages(options.policies):
         say(f"starting a server for: {', '.join(policies)}")
+        begun = time.perf_counter()
         with policy_servers(policies, common.server_flags) as endpoints:
-            first = endpoints[policies[0]]
             if plan is None:
-                plan = _calibrated(first, corpora, common, options.loads, window)
-            serve.warm_up([first.base_url], plan.mixes[options.loads[0]], common)
+                start_s = time.perf_counter() - begun
+                candidates, capacity = _calibrate(endpoints[policies[0]], corpora, common)
+                spent_s = time.perf_counter() - started
+                window = window_s(options, spent_s, (stages_left - 1) * start_s)
+                plan = make_plan(candidates, capacity, options.loads, window, common)
+                say(f"capacity {capacity:.0f} tokens/s; each run takes programs for {window:.0f} s")
+            serve.warm_up([endpoints[policies[0]].base_url], plan.mixes[options.loads[0]], common)
             for load in options.loads:
                 say(f"load {load:g}: {len(plan.mixes[load].programs)} programs")
                 for policy, endpoint in endpoints.items():
                     run = serve.run_one(endpoint, plan.mixes[load], plan.arrivals[load], common, 0)
                     runs[load][policy] = [run]
-    assert plan is not None, "there is at least one policy"
-    return plan, runs
+        save(plan, runs)
 
 
-def _calibrated(
-    endpoint: Endpoint,
-    corpora: Sequence[Sequence[TraceProgram]],
-    options: ServeOptions,
-    loads: Sequence[float],
-    window: float,
-) -> Plan:
+def _calibrate(
+    endpoint: Endpoint, corpora: Sequence[Sequence[TraceProgram]], options: ServeOptions
+) -> tuple[Mix, float]:
+    """The programs to draw from, and the capacity in generated tokens per second."""
     limits = serve.read_limits(endpoint.base_url, options)
     candidates = serve.sample_workload(corpora, options, limits)
     serve.warm_up([endpoint.base_url], candidates, options)
     capacity = serve.measure_capacity(endpoint.base_url, candidates.programs, options, limits)
-    say(f"capacity {capacity:.0f} tokens/s; programs arrive for {window:.0f} s in each run")
-    return make_plan(candidates, capacity, loads, window, options)
+    return candidates, capacity
 
 
 # --- results ------------------------------------------------------------------------------------
 
 
 def make_result(options: GpuOptions, plan: Plan, runs: Runs) -> dict[str, Any]:
-    """What `bench.serve` makes of each load, in the order of `--policies`, and what was lost."""
+    """What `bench.serve` makes of each load, in the order of `--policies`, and what was lost.
+
+    Policies that have not run are `missing`.
+    """
+    done = [policy for policy in options.policies if policy in runs[options.loads[0]]]
     loads = {
         f"{load:g}": serve.make_result(
-            {policy: by_policy[policy] for policy in options.policies},
+            {policy: by_policy[policy] for policy in done},
             plan.mixes[load],
-            plan.options,
+            replace(plan.options, policies=tuple(done)),
             plan.offered[load],
         )
         for load, by_policy in runs.items()
@@ -278,7 +296,8 @@ def make_result(options: GpuOptions, plan: Plan, runs: Runs) -> dict[str, Any]:
         "benchmark": "gpu",
         "device": options.device,
         "capacity_tokens_per_s": plan.capacity,
-        "baseline": options.policies[0],
+        "baseline": done[0],
+        "missing": [policy for policy in options.policies if policy not in done],
         "lost": sum(entry["lost"] for load in loads.values() for entry in load["results"]),
         "loads": loads,
     }
@@ -382,25 +401,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     options, places = parse_options(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, serve.exit_on_signal)
+    result: dict[str, Any] = {}
+
+    def save(plan: Plan, runs: Runs) -> None:
+        result.update(make_result(options, plan, runs) | provenance(started))
+        _write(places.json, json.dumps(result, indent=1) + "\n")
+        _write(places.html, render(result, runs))
+
+    is_whole = True
     try:
-        plan, runs = benchmark(options, DEVICES[options.device]())
+        benchmark(options, DEVICES[options.device](), save)
     except (ServerError, ValueError, OSError) as error:
         print(f"bench.gpu: {error}", file=sys.stderr)
-        return 1
-    result = make_result(options, plan, runs) | provenance(started)
-    for path, text in (
-        (places.json, json.dumps(result, indent=1) + "\n"),
-        (places.html, render(result, runs)),
-    ):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        say(f"wrote {path}")
+        if not result:
+            return 1
+        is_whole = False
     for load, one in result["loads"].items():
         print(f"\nload {load}\n{serve.result_table(one)}")
     if result["lost"]:
         say(f"error: {result['lost']} calls were lost")
     print_result(result)
-    return 1 if result["lost"] else 0
+    return 0 if is_whole and not result["lost"] else 1
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    say(f"wrote {path}")
 
 
 if __name__ == "__main__":

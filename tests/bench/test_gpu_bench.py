@@ -2,9 +2,9 @@
 
 import json
 import xml.etree.ElementTree as ElementTree
-from dataclasses import replace
 
 import pytest
+import torch
 
 from bench import gpu, serve, synthetic
 from bench.replay import ReplayOptions, replay
@@ -29,13 +29,12 @@ def test_stock_orders_have_a_server_each_and_ours_share_one():
 def test_all_runs_fit_the_minutes():
     """Starts, calibration, and every run with its drain at the largest load are within them."""
     options = gpu.GpuOptions()
-    device = replace(CPU, start_s=90.0)
 
-    window = gpu.window_s(options, device)
+    window = gpu.window_s(options, spent_s=200.0, starts_s=270.0)
 
     num_runs = len(options.policies) * len(options.loads)
     run_s = window * max(options.loads) * (1 + gpu.DRAIN_SHARE)
-    total_s = len(gpu.stages(options.policies)) * 90 + options.calibration_s + num_runs * run_s
+    total_s = 200 + 270 + num_runs * run_s
     assert total_s == pytest.approx(60 * options.minutes)
     assert window > 10
 
@@ -43,7 +42,7 @@ def test_all_runs_fit_the_minutes():
 def test_too_little_time_is_an_error_that_says_what_to_change():
     """A benchmark that could not measure anything is not started."""
     with pytest.raises(ValueError, match="give more --minutes"):
-        gpu.window_s(gpu.GpuOptions(minutes=1.0), CPU)
+        gpu.window_s(gpu.GpuOptions(minutes=1.0), 10.0, 50.0)
 
 
 def test_the_default_compares_stock_orders_and_ours_at_three_loads():
@@ -136,6 +135,27 @@ async def test_results_of_all_loads_make_one_object_and_one_page():
     body = html[html.index("<main>") : html.index("</body>")]
     ElementTree.fromstring(body)
     assert 'id="load-0.5"' in html and "hrrn" in html
+
+
+async def test_what_a_failed_server_leaves_is_a_result():
+    """Servers that ran before one that failed are reported, and what is missing is named."""
+    options = gpu.GpuOptions(device="cpu", policies=("plas", "off"), loads=(1.0,))
+    common = gpu.serve_options(options, CPU)
+    candidates = sample(synthetic.corpora("react", 4, 0), 4, 0, factor=0.05, max_calls=1)
+    plan = gpu.make_plan(candidates, 100.0, options.loads, 1.0, common)
+
+    result = gpu.make_result(options, plan, {1.0: await _runs(("off",), plan.mixes[1.0])})
+
+    assert (result["missing"], result["baseline"]) == (["plas"], "off")
+    assert result["loads"]["1"]["baseline"] == "off"
+    assert [entry["policy"] for entry in result["loads"]["1"]["results"]] == ["off"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    """Nothing is started where there is no GPU, and the message names the way out."""
+    assert gpu.main([]) == 1
+    assert "no CUDA device; --device cpu" in capsys.readouterr().err
 
 
 async def test_a_lost_call_is_counted():
