@@ -10,6 +10,7 @@ are measured again after every trace, and the device that simulates a trace fits
 right before and right after it. The simulation has the server's own settings. An error is the
 simulated number over the live one, less one. The drift is by how much longer batches took after a
 trace than before it: where it is large, the machine was not the same, and the error says little.
+With `--repeat` the traces take turns, and the median error of each number counts.
 Nothing is fitted to the replays themselves. Without `--trace` the built-in chat, react and tree
 workloads are used.
 
@@ -31,6 +32,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 from autellix_sglang.config import ProgramConfig
@@ -44,8 +46,8 @@ from bench.sim import Setup, capacity, simulate
 from bench.sim_device import Device
 from bench.sim_engine import Blueprint, blueprint
 from bench.sim_points import Points, Prober, medians, over_http
-from bench.sim_points import errors as fit_errors
-from bench.stats import Run, summarize
+from bench.sim_points import errors as errors_of
+from bench.stats import Run, combine, summarize
 from bench.trace import Mix, TraceProgram
 
 BAR: Final = 0.15
@@ -60,11 +62,14 @@ Errors = dict[str, dict[str, float]]  # by measure and statistic
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """One trace, live and simulated, as summaries of `bench.stats`."""
+class Trial:
+    """One trace, once live and once simulated, as summaries of `bench.stats`."""
 
     live: dict[str, Any]
     simulated: dict[str, Any]
+    device: Device
+    fit_errors: list[float]
+    drift: float
 
     @property
     def errors(self) -> Errors:
@@ -76,10 +81,19 @@ class Pair:
             for measure in MEASURES
         }
 
-    @property
-    def is_within(self) -> bool:
-        """The bar: mean and p95 of the program token latency."""
-        return all(abs(error) <= BAR for error in self.errors[MEASURES[0]].values())
+
+def median_errors(trials: Sequence[Trial]) -> Errors:
+    return {
+        measure: {
+            name: median(trial.errors[measure][name] for trial in trials) for name in STATISTICS
+        }
+        for measure in MEASURES
+    }
+
+
+def is_within(errors: Errors) -> bool:
+    """The bar: mean and p95 of the program token latency."""
+    return all(abs(error) <= BAR for error in errors[MEASURES[0]].values())
 
 
 def setup_of(device: Device, options: argparse.Namespace, info: dict[str, Any]) -> Setup:
@@ -116,7 +130,7 @@ class Gauge:
         """The device that fits the last rounds, and how far it is from their points."""
         points = medians(self._rounds[-num_rounds:])
         device = points.device("measured", self._kv_tokens)
-        return device, fit_errors(device, points)
+        return device, errors_of(device, points)
 
 
 def _total_s(rounds: Sequence[Points]) -> float:
@@ -146,12 +160,6 @@ def replayed(
     require_complete(run)
     run = dataclasses.replace(run, foreign_cores=meter.foreign_cores())
     return Replayed(run, plans, arrivals)
-
-
-def pair_of(setup: Setup, policy: str, live: Replayed) -> Pair:
-    """Simulate the arrivals of a replay."""
-    run = simulate(setup, setup.scheduling(policy), live.plans, live.arrivals_s)
-    return Pair(summarize(live.run), summarize(run))
 
 
 def serve_options(options: argparse.Namespace) -> ServeOptions:
@@ -186,6 +194,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-calls", type=int, default=40, help="per program (default: %(default)s)")
     add("--scale", type=float, default=0.25, help="factor on token counts (default: %(default)s)")
     add("--slots", type=int, default=8, help="calls in a batch (default: %(default)s)")
+    add("--repeat", type=int, default=1, help="times each, in turn (default: %(default)s)")
     add("--seed", type=int, default=1, help="default: %(default)s")
     add("--save", type=Path, help="write the JSON object to this file as well")
     return out
@@ -211,58 +220,87 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def validate(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, fit, replay and simulate; prints a table, returns the JSON object."""
-    live = serve_options(options)
+    trials: dict[str, list[Trial]] = {}
     flags = ["--max-running-requests", str(options.slots)]
-    pairs: dict[str, Pair] = {}
-    devices: dict[str, Device] = {}
-    errors: dict[str, list[float]] = {}
-    drifts: dict[str, float] = {}
     with policy_servers([options.policy], flags) as endpoints:
-        endpoint = endpoints[options.policy]
-        assert endpoint.server is not None
-        base_url = endpoint.base_url
-        info = dict(server_info(base_url))
-        gauge = Gauge(endpoint.server, options.slots)
-        for _ in range(ROUNDS):
-            gauge.measure()
-        for number, (name, programs) in enumerate(corpora_of(options).items()):
-            mix = trace.sample(
-                [programs],
-                options.programs,
-                options.seed,
-                factor=options.scale,
-                max_calls=options.max_calls,
-                max_prompt_tokens=serve.read_limits(base_url, live).max_context_tokens,
-            )
-            if not pairs:
-                serve.warm_up([base_url], mix, live)
-            before, _ = gauge.latest(ROUNDS)
-            live_run = replayed(endpoint, setup_of(before, options, info), mix, options, number)
-            for _ in range(ROUNDS):
-                gauge.measure()
-            devices[name], errors[name] = gauge.latest(2 * ROUNDS)
-            drifts[name] = gauge.drift()
-            setup = setup_of(devices[name], options, info)
-            pairs[name] = pair_of(setup, options.policy, live_run)
-    print(
-        format_table(
-            HEADER, [row for name in pairs for row in _rows(name, pairs[name], drifts[name])]
-        )
-    )
+        bench = Bench(endpoints[options.policy], options)
+        mixes = {name: bench.mix(programs) for name, programs in corpora_of(options).items()}
+        bench.warm_up(next(iter(mixes.values())))
+        for repeat in range(options.repeat):
+            for name, mix in mixes.items():
+                say(f"{name}: {repeat + 1} of {options.repeat}")
+                trials.setdefault(name, []).append(bench.trial(mix))
+    errors = {name: median_errors(tried) for name, tried in trials.items()}
+    print(format_table(HEADER, [row for name in trials for row in _rows(name, trials[name])]))
     return {
         "policy": options.policy,
         "load": options.load,
         "scale": options.scale,
         "slots": options.slots,
-        "devices": {name: dataclasses.asdict(device) for name, device in devices.items()},
-        "fit_errors": errors,
-        "drift": drifts,
-        "live": {name: pair.live for name, pair in pairs.items()},
-        "simulated": {name: pair.simulated for name, pair in pairs.items()},
-        "errors": {name: pair.errors for name, pair in pairs.items()},
+        "live": {name: combine([t.live for t in tried]) for name, tried in trials.items()},
+        "simulated": {
+            name: combine([t.simulated for t in tried]) for name, tried in trials.items()
+        },
+        "errors": errors,
+        "trials": {
+            name: [
+                {
+                    "errors": trial.errors,
+                    "drift": trial.drift,
+                    "foreign_cores": trial.live["foreign_cores"],
+                    "device": dataclasses.asdict(trial.device),
+                    "fit_errors": trial.fit_errors,
+                }
+                for trial in tried
+            ]
+            for name, tried in trials.items()
+        },
         "bar": BAR,
-        "within": {name: pair.is_within for name, pair in pairs.items()},
+        "within": {name: is_within(found) for name, found in errors.items()},
     }
+
+
+class Bench:
+    """The live engine, and all that is measured on it."""
+
+    def __init__(self, endpoint: Endpoint, options: argparse.Namespace) -> None:
+        assert endpoint.server is not None
+        self._endpoint = endpoint
+        self._options = options
+        self._info = dict(server_info(endpoint.base_url))
+        self._gauge = Gauge(endpoint.server, options.slots)
+        self._num_replays = 0
+
+    def mix(self, programs: Sequence[TraceProgram]) -> Mix:
+        """A sample that the server's context takes."""
+        options, live = self._options, serve_options(self._options)
+        return trace.sample(
+            [programs],
+            options.programs,
+            options.seed,
+            factor=options.scale,
+            max_calls=options.max_calls,
+            max_prompt_tokens=serve.read_limits(self._endpoint.base_url, live).max_context_tokens,
+        )
+
+    def warm_up(self, mix: Mix) -> None:
+        for _ in range(ROUNDS):
+            self._gauge.measure()
+        serve.warm_up([self._endpoint.base_url], mix, serve_options(self._options))
+
+    def trial(self, mix: Mix) -> Trial:
+        """Replay a mix, measure batches once more, and simulate the same arrivals."""
+        options = self._options
+        before, _ = self._gauge.latest(ROUNDS)
+        setup = setup_of(before, options, self._info)
+        live = replayed(self._endpoint, setup, mix, options, self._num_replays)
+        self._num_replays += 1
+        for _ in range(ROUNDS):
+            self._gauge.measure()
+        device, fit_errors = self._gauge.latest(2 * ROUNDS)
+        setup = setup_of(device, options, self._info)
+        run = simulate(setup, setup.scheduling(options.policy), live.plans, live.arrivals_s)
+        return Trial(summarize(live.run), summarize(run), device, fit_errors, self._gauge.drift())
 
 
 HEADER: Final = (
@@ -277,14 +315,24 @@ HEADER: Final = (
 )
 
 
-def _rows(name: str, pair: Pair, drift: float) -> list[list[object]]:
-    return [
-        [name, measure, statistic, pair.live[measure][statistic],
-         pair.simulated[measure][statistic], pair.errors[measure][statistic],
-         pair.live["foreign_cores"], drift]
+def _rows(name: str, trials: Sequence[Trial]) -> list[list[object]]:
+    """One row per trial and number; where there are more, one with the median error as well."""
+    rows: list[list[object]] = [
+        [name, measure, statistic, trial.live[measure][statistic],
+         trial.simulated[measure][statistic], trial.errors[measure][statistic],
+         trial.live["foreign_cores"], trial.drift]
+        for trial in trials
         for measure in MEASURES
         for statistic in STATISTICS
     ]  # fmt: skip
+    if len(trials) > 1:
+        errors = median_errors(trials)
+        rows += [
+            [f"{name}, median", measure, statistic, "", "", errors[measure][statistic], "", ""]
+            for measure in MEASURES
+            for statistic in STATISTICS
+        ]
+    return rows
 
 
 if __name__ == "__main__":
