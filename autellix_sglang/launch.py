@@ -20,7 +20,7 @@ from typing import Any, Final, NoReturn
 
 from autellix_sglang import __version__
 from autellix_sglang.config import ENV_VAR, ProgramConfig, add_arguments, flag_of, from_arguments
-from autellix_sglang.engine.support import check_supported
+from autellix_sglang.engine.support import check_supported, check_version
 from autellix_sglang.errors import AutellixError, ConfigError
 from autellix_sglang.patches import torchvision_ops
 from autellix_sglang.router.config import (
@@ -117,8 +117,11 @@ def serve_replicas(
 def prepare(config: ProgramConfig, sglang_argv: list[str]) -> Any:
     """SGLang's server arguments, with defaults that make a bare command line work.
 
-    Raises `ConfigError` for a value that SGLang refuses and for a mode that we cannot honour.
+    Raises `ConfigError` for a value that SGLang refuses and for a mode that we cannot honour, and
+    `ActivationError` for another SGLang than the one that we hook.
     """
+    if config.is_enabled:
+        check_version()
     from sglang.srt.server_args import ServerArgs, prepare_server_args
 
     given = given_flags(sglang_argv)

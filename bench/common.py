@@ -31,11 +31,12 @@ PROGRESS_INTERVAL_S = 10.0
 
 
 def command_line(argv: Sequence[str] | None = None) -> str:
-    """The command as a person would type it, `python -m bench.NAME ...`."""
+    """The command as a person would type it, `python -m bench.NAME ...`; files by their names."""
     argv = list(sys.argv if argv is None else argv)
     script = Path(argv[0])
     module = f"-m {script.parent.name}.{script.stem}" if script.suffix == ".py" else str(script)
-    return " ".join(["python", module, *map(shlex.quote, argv[1:])])
+    arguments = (Path(word).name if os.path.isfile(word) else word for word in argv[1:])  # noqa: PTH113 - a long word is no error
+    return " ".join(["python", module, *map(shlex.quote, arguments)])
 
 
 def commit() -> str | None:

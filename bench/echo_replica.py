@@ -1,6 +1,6 @@
 """A replica that answers at once, over HTTP and through a router: what is left is the way to it.
 
-    python -m bench.echo_replica --port 31000 --router-endpoint ipc:///tmp/router.sock
+    python -m bench.echo_replica --port 31000 --router-endpoint ipc://router.sock
 
 `POST /generate` with the prompt `{"n": 3, "every_s": 0.01}` streams three events of about 100
 bytes, one each 10 ms; without `n` it answers with a short JSON. `/health` and `/v1/models` are for

@@ -35,7 +35,7 @@ from typing import Any, Final, NoReturn
 from autellix_sglang import __version__
 from autellix_sglang.config import ENV_VAR, OFF, ProgramConfig, parse_setting
 from autellix_sglang.core.kv import default_host_gib
-from autellix_sglang.engine.support import check_supported
+from autellix_sglang.engine.support import check_supported, check_version
 from autellix_sglang.errors import ActivationError, AutellixError, ConfigError
 from autellix_sglang.router.config import WorkerConfig
 
@@ -50,6 +50,7 @@ def register() -> None:
     try:
         config = config_from_environ(os.environ)
         if config.is_enabled:
+            check_version()
             if _is_http_process():
                 config = with_host_memory(config)
                 _apply(_http_hooks())

@@ -1,6 +1,7 @@
-"""SGLang modes that program scheduling cannot honour, or that nobody has tested with it.
+"""SGLang versions and modes that program scheduling cannot honour, or that nobody has tested.
 
-A mode in the table stops the launch with one line. `--program-policy off` serves them all.
+A mode in the table, or another version of SGLang, stops the launch with one line.
+`--program-policy off` serves them all.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, Final
 
-from autellix_sglang.errors import UnsupportedModeError
+from autellix_sglang.errors import ActivationError, UnsupportedModeError
 
+SGLANG_VERSION: Final = "0.5.23"  # as in pyproject.toml; patches/README.md says what relies on it
 UNTESTED: Final = "it has not been tested together with preemption"
 ONE_SCHEDULER: Final = "each rank would see only its share; start one server per replica"
 TWO_ENGINES: Final = "prefill and decode run in two engines, and neither sees all the work"
@@ -86,6 +89,16 @@ def check_supported(server_args: Any, environ: Mapping[str, str] = os.environ) -
     from sglang.srt.arg_groups.overrides import resolving_view
 
     check(resolving_view(server_args), environ)
+
+
+def check_version(installed: str | None = None) -> None:
+    """Raise `ActivationError` unless SGLang is the version whose internals were verified."""
+    installed = installed or metadata.version("sglang")
+    if installed.partition("+")[0] != SGLANG_VERSION:
+        raise ActivationError(
+            f"sglang {installed} is installed, and this release relies on internals of"
+            f" {SGLANG_VERSION}: pip install sglang=={SGLANG_VERSION}, or --program-policy off"
+        )
 
 
 def check(args: Any, environ: Mapping[str, str]) -> None:

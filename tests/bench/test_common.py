@@ -66,6 +66,14 @@ def test_the_command_is_what_a_person_would_type():
     assert common.command_line(argv) == "python -m bench.serve --server-args '--a 1'"
 
 
+def test_a_result_does_not_say_where_somebody_keeps_their_files(tmp_path):
+    """Files are named without their directories."""
+    trace = tmp_path / "chat.jsonl"
+    trace.touch()
+    argv = ["/somewhere/bench/serve.py", "--trace", str(trace), "--json"]
+    assert common.command_line(argv) == "python -m bench.serve --trace chat.jsonl --json"
+
+
 def test_progress_without_a_terminal_is_a_line_every_ten_seconds(capsys):
     """A log file gets a line now and then, not a bar."""
     now = [0.0]

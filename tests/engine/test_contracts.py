@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +32,10 @@ from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.utils import TypeBasedDispatcher
 
+from autellix_sglang.engine.support import SGLANG_VERSION, check_version
+from autellix_sglang.errors import ActivationError
+
+ROOT = Path(__file__).parents[2]
 SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (Scheduler.init_schedule_policy, "(self)"),
     (Scheduler.init_request_dispatcher, "(self)"),
@@ -100,7 +105,16 @@ def _shape(function: Callable[..., Any]) -> str:
 
 def test_sglang_is_the_version_we_verified() -> None:
     """The pin of pyproject.toml is what is installed."""
-    assert metadata.version("sglang") == "0.5.23"
+    assert metadata.version("sglang") == SGLANG_VERSION
+    assert f'"sglang=={SGLANG_VERSION}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"sglang=={SGLANG_VERSION} " in (ROOT / "scripts/setup.sh").read_text()
+
+
+def test_another_version_is_refused_before_a_model_is_loaded() -> None:
+    """The error names both versions and what to do; a local build of the same one is taken."""
+    check_version(SGLANG_VERSION + "+cpu")
+    with pytest.raises(ActivationError, match=rf"0\.6\.0 is installed.*{SGLANG_VERSION}"):
+        check_version("0.6.0")
 
 
 @pytest.mark.parametrize(
