@@ -39,7 +39,7 @@ class ProgramConfig:
     (docs/defaults.md); docs/policies.md says why `policy` is what it is.
     """
 
-    policy: str = _setting("plas", "order of calls; 'off' is stock SGLang, untouched")
+    policy: str = _setting("gittins", "order of calls; 'off' is stock SGLang, untouched")
     levels: int = _setting(8, "number of priority levels, the last one open-ended")
     quantum: float = _setting(32.0, "service in steps that ends level 0; 0 learns it from traffic")
     factor: float = _setting(2.0, "ratio between the ends of successive levels")
