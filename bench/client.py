@@ -11,7 +11,7 @@ Cross-talk: `--programs` asyncio programs at once in one process, each a chain w
 request says in its body whose it is; `cross_talk` counts headers that say otherwise,
 `wrong_parents` parents other than the script's, and `sessions` the starts and ends that arrived.
 
-The last line of stdout is one JSON object (DESIGN section 11).
+The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations

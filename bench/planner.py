@@ -10,7 +10,7 @@ changed since the pass before (`unchanged_ms`), and when every waiting call's ke
 Medians; the numbers at the top are those of the slowest policy. What the engine does for a plan
 (matching prefixes, releasing the KV of victims) is not in them.
 
-The last line of stdout is one JSON object (DESIGN section 11).
+The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ closed loop over the same programs without gaps, twice as many at a time as the 
 Tokens finished per second in the last two thirds of that time are the capacity, and the rate is
 L * capacity / (mean generated tokens of a program): at L = 1 work arrives as fast as it is done.
 
-The last line of stdout is one JSON object (DESIGN section 11).
+The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -418,7 +418,7 @@ def warm_up(base_urls: Iterable[str], mix: Mix, options: ServeOptions) -> None:
 def make_result(
     runs: Mapping[str, Sequence[Run]], mix: Mix, options: ServeOptions, offered: Offered
 ) -> dict[str, Any]:
-    """The JSON object of DESIGN section 11, without provenance."""
+    """The JSON object that `bench.serve` prints, without provenance."""
     summaries = {
         policy: [stats.summarize(run) for run in repeats] for policy, repeats in runs.items()
     }

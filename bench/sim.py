@@ -16,7 +16,7 @@ objective of its Fig. 15. Beside them stands the largest ratio at any level that
 crosses, and the lowest level at which the asked one is reached, if any. A load above 1 is sustained
 only as long as arrivals last: the longer they do, the earlier every policy crosses a level there.
 
-The last line of stdout is one JSON object (DESIGN section 11).
+The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -408,7 +408,7 @@ def print_bars(found: Sequence[Bar]) -> None:
 
 
 def as_json(by_workload: Mapping[str, Curves], found: Sequence[Bar]) -> dict[str, Any]:
-    """The keys of DESIGN section 11, and what is needed to read them."""
+    """The keys that every benchmark shares, and what is needed to read them."""
     return {
         "rate_at_equal_latency": {w: _ratios(c, HEADLINE) for w, c in by_workload.items()},
         "rate_at_equal_latency_by_level": {

@@ -274,7 +274,7 @@ def lateness_s(run: Run) -> float:
 
 
 def summarize(run: Run) -> dict[str, object]:
-    """The numbers of one run, with the keys of DESIGN section 11 and a few more."""
+    """The numbers of one run, with the keys that every benchmark shares and a few more."""
     calls = run.calls
     done = [call for call in calls if call.is_ok]
     first = [c.first_token_s - c.span[0] for c in done if c.first_token_s is not None]

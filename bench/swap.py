@@ -23,7 +23,7 @@ call out and in takes less time than computing it again at `--prefill-tokens-per
 line through the times of one victim; 0 is always, null never or rate not known. Where the rate is
 not given, a GPU measures the model's matrix products alone: no prefill is faster than that.
 
-The last line of stdout is one JSON object (DESIGN section 11).
+The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def _tagged(sampling_params: Any, ids: dict[str, Any]) -> Any:
 
 
 def ids_of(call: Call) -> dict[str, Any]:
-    """The identity of a call as body fields (DESIGN section 5)."""
+    """The identity of a call as body fields."""
     return {
         "program_id": program_of(call.thread).id,
         "thread_id": call.thread_id,

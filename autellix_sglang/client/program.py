@@ -359,7 +359,7 @@ def issue_call(
 
 
 def headers_of(call: Call) -> dict[str, str]:
-    """The identity headers of a call (DESIGN section 5)."""
+    """The identity headers of a call."""
     return {
         "x-program-id": program_of(call.thread).id,
         "x-thread-id": call.thread_id,
