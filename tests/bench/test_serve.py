@@ -101,7 +101,7 @@ def test_load_is_relative_to_measured_capacity(load, monkeypatch):
 
 
 async def test_the_result_has_the_keys_of_the_contract(capsys):
-    """A result made of real runs is JSON with the keys that every benchmark shares, one entry per policy."""
+    """A result made of real runs is JSON with the keys of every benchmark, one entry per policy."""
     mix = sample(synthetic.corpora("react", 4, 0), 4, 0, factor=0.05, max_calls=3)
     options = serve.parse_options(["--policies", "off,plas", "--repeat", "2"])
     runs: dict[str, list[Run]] = {}

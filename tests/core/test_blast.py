@@ -88,7 +88,8 @@ class Blast:
     def abort(self) -> None:
         calls = self.engine.table.live_calls()
         if calls:
-            call = self.rng.choice(calls)
+            chosen = [call for call in calls if call.is_promoted]  # there are few
+            call = self.rng.choice(chosen if chosen and self.rng.random() < 0.3 else calls)
             promoted = "promoted " if call.is_promoted else ""
             prefilling = " prefilling" if call.handle.num_missing else ""
             self.seen[f"aborted {promoted}{call.phase.value}{prefilling}"] += 1
