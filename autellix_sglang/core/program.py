@@ -21,7 +21,6 @@ from autellix_sglang.errors import UnknownProgramError
 
 MAX_CALLS_KEPT: Final = 4096  # finished calls remembered per program, for parents and for GET
 MAX_IDLE_PROGRAMS: Final = 65_536  # idle programs remembered; the longest idle go first
-PROMOTED_SHARE: Final = 8  # one in so many running calls is promoted at a time; one at least
 RELEARN_EVERY: Final = 16  # programs after which waiting ones are placed by what was learned since
 
 ProgramKey = tuple[str, str]  # tenant, program id
@@ -184,7 +183,6 @@ class ProgramTable:
         self._programs: OrderedDict[ProgramKey, Program] = OrderedDict()  # by last activity
         self._calls: dict[str, Call] = {}  # live calls by rid
         self._num_idle = 0
-        self._num_promoted = 0  # live calls
         self._next_seq = 0
         self._stalls: list[tuple[float, int, ProgramKey]] = []  # heap by promotion time
 
@@ -406,14 +404,9 @@ class ProgramTable:
                 self._place(sibling)
 
     def advance(self, steps: float) -> None:
-        """Move the virtual clock over one executed batch, then promote who starves.
-
-        At most one in `PROMOTED_SHARE` running calls is promoted at a time. In lasting overload
-        everybody starves, and to promote them all would be stock order with preemptions.
-        """
+        """Move the virtual clock over one executed batch, then promote who starves."""
         self.clock += steps
-        most = max(1, (len(self._calls) - len(self.queue)) // PROMOTED_SHARE)
-        while self._num_promoted < most and self._stalls and self._stalls[0][0] <= self.clock:
+        while self._stalls and self._stalls[0][0] <= self.clock:
             entry = heapq.heappop(self._stalls)
             program = self._watched(entry)
             if program is not None:
@@ -539,13 +532,11 @@ class ProgramTable:
         if call.level > 0:
             call.promoted_until = call.service + self.levels.quantum_at(call.program.service)
             call.num_promotions += 1
-            self._num_promoted += 1
             self.counters.num_promotions += 1
             self._place(call)
 
     def _end_promotion(self, call: Call) -> None:
         call.promoted_until = None
-        self._num_promoted -= 1
         self._watch(call.program)
         self._place(call)
 
@@ -564,7 +555,6 @@ class ProgramTable:
             self._check_program(program, queued)
             live.update(call.rid for call in (*program.waiting, *program.running))
         assert live == set(self._calls), "live calls and programs disagree"
-        assert self._num_promoted == sum(c.is_promoted for c in self._calls.values())
         assert len(queued) == sum(c.phase is Phase.WAITING for c in self._calls.values())
         assert num_idle == self._num_idle
 

@@ -174,26 +174,6 @@ def test_goes_before_level_0_calls_of_older_programs() -> None:
     assert list(table.queue) == [call, *wide]
 
 
-def test_in_lasting_overload_few_are_promoted_at_a_time() -> None:
-    """One call in eight of those that run, one at least; the next when a promotion ends."""
-    table = table_of()
-    calls = [table.open_call(str(i), program_id=f"p{i}") for i in range(3)]
-    for call in calls:
-        table.start(call)
-        run(table, call, 20)
-        table.preempt(call)
-    table.advance(1000)
-    assert [call.is_promoted for call in calls] == [True, False, False]
-    for i in range(16):
-        table.start(table.open_call(f"running {i}"))
-    table.advance(1)
-    assert [call.is_promoted for call in calls] == [True, True, False]
-    table.finish(calls[0])
-    table.advance(1)
-    assert [call.is_promoted for call in calls[1:]] == [True, True]
-    table.check_integrity()
-
-
 # -- calls that leave ----------------------------------------------------------------------------
 
 
