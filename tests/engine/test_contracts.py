@@ -30,6 +30,9 @@ from sglang.srt.mem_cache.common import (
 )
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.sampling import penaltylib
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.utils import TypeBasedDispatcher
 
 from autellix_sglang.engine.support import SGLANG_VERSION, check_version
@@ -151,6 +154,17 @@ def test_a_readmitted_request_counts_as_running_again_at_once() -> None:
     assert "req.is_retracted = False" in inspect.getsource(ScheduleBatch.prepare_for_extend)
 
 
+def test_no_sampling_looks_back_that_we_do_not_know_of() -> None:
+    """`is_preemptible` names what each of SGLang's penalizers reads of a request's parameters."""
+    penalizers = {name for name in vars(penaltylib) if name.endswith("Penalizer")}
+    assert penalizers == {
+        f"Batched{kind}Penalizer"
+        for kind in ("Frequency", "Presence", "Repetition", "MinNewTokens")
+    }
+    source = inspect.getsource(SamplingBatchInfo.from_schedule_batch)
+    assert source.count("penaltylib.Batched") == len(penalizers) + 1  # and their orchestrator
+
+
 def test_admission_asks_for_the_tokens_we_count() -> None:
     """A swapped call is restored right before SGLang admits it, by SGLang's own arithmetic."""
     loop = inspect.getsource(Scheduler._get_new_batch_prefill_raw)
@@ -177,8 +191,11 @@ def test_what_we_read_of_a_request_and_a_batch_is_there() -> None:
         "origin_input_ids", "output_ids", "sampling_params", "to_finish", "return_logprob",
         "return_hidden_states", "return_routed_experts", "return_indexer_topk",
         "return_sampling_mask", "input_embeds", "multimodal_inputs", "session", "beam_group", "kv",
-        "num_matched_prefix_tokens",
+        "num_matched_prefix_tokens", "custom_logit_processor",
     ):  # fmt: skip
         assert f"self.{name}" in source, name
+    params = SamplingParams()
+    assert (params.frequency_penalty, params.presence_penalty) == (0.0, 0.0)
+    assert (params.repetition_penalty, params.min_new_tokens) == (1.0, 0)
     fields = ScheduleBatch.__dataclass_fields__
     assert {"reqs", "prefix_lens", "extend_lens", "decoding_reqs", "batch_is_full"} <= set(fields)

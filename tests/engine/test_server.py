@@ -218,6 +218,34 @@ def test_log_probabilities_are_those_of_an_undisturbed_run(engine: Engine) -> No
     assert [p for p, _ in disturbed] == pytest.approx([p for p, _ in alone], abs=1e-4)
 
 
+LOOKS_BACK = (
+    {"frequency_penalty": 0.5},
+    {"presence_penalty": 0.5},
+    {"repetition_penalty": 1.3},
+    {"min_new_tokens": 50},
+)
+
+
+def test_calls_that_look_back_at_their_output_are_not_preempted(engine: Engine) -> None:
+    """SGLang would count penalties anew on resumption: such calls are ordered and run on.
+
+    Answers are not compared: with overlap scheduling SGLang's own penalties miss the token before
+    any other call's prefill.
+    """
+
+    def num_preemptions(extra: dict[str, float]) -> int:
+        params = {"temperature": 0, "max_new_tokens": 60, "ignore_eos": True, **extra}
+        body = {"text": "look back", "sampling_params": params}
+        reply = engine.request("/generate", body, {"x-program-id": f"looks-back-{extra}"})[2]
+        return int(reply["meta_info"]["program"]["preemptions"])
+
+    with ThreadPoolExecutor(16) as pool:
+        busy = [pool.submit(num_preemptions, extra) for extra in LOOKS_BACK]
+        for i in range(40):
+            pool.submit(engine.generate, f"short {i}", 3)
+        assert [call.result() for call in busy] == [0] * len(LOOKS_BACK)
+
+
 def test_settings_change_while_serving(engine: Engine) -> None:
     """PATCH /program_config takes effect at once; bad changes are refused by name."""
     before = engine.stats()
