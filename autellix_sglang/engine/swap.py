@@ -133,6 +133,8 @@ class SwapManager:
         if self._kv is None or self._tree.supports_mamba() or self._tree.supports_swa():
             kind = type(self._allocator.get_kvcache()).__name__
             raise ConfigError("--program-kv", f"{config.kv!r} cannot move the rows of a {kind}")
+        if config.host_memory < 0:
+            raise ConfigError("--program-host-memory", "-1 has to be resolved before it gets here")
         try:
             self._mover = mover_for(self._kv)
         except KernelError as error:

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.middleware import Middleware
 
+from autellix_sglang.core.kv import HOST_LIMIT_GIB
 from autellix_sglang.engine import http
 from autellix_sglang.errors import ControlError, IdentityError
 from autellix_sglang.identity import BodyIdentity, CallTag
@@ -313,6 +314,14 @@ async def test_silent_scheduler_is_a_503(client, scheduler):
 async def test_stats(client):
     """GET /program_stats passes the scheduler's totals on."""
     assert (await client.get("/program_stats")).json()["op"] == STATS
+
+
+async def test_an_open_pool_size_is_settled_before_the_ranks_hear_of_it(client, scheduler):
+    """-1 becomes this machine's share, one number for all ranks; other changes go on as sent."""
+    changes = {"kv": "swap", "host_memory": -1}
+    assert (await client.patch("/program_config", json=changes)).status_code == 200
+    told = scheduler.asked[-1].config
+    assert told["kv"] == "swap" and 0 < told["host_memory"] <= HOST_LIMIT_GIB
 
 
 # -- keys and installation -----------------------------------------------------------------------
