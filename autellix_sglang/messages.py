@@ -41,6 +41,7 @@ class ProgramReply(
     ok: bool
     error: str = ""
     body: dict[str, Any] = {}
+    field: str | None = None  # the setting that was refused; None: there is no such program
 
 
 OPEN = "open"  # start a session: body {"id"}

@@ -28,6 +28,7 @@ EXAMPLES: tuple[Any, ...] = (
         kv_break_even=64,
     ),
     messages.ProgramReply(ok=False, error="unknown"),
+    messages.ProgramReply(ok=False, error="too large", field="--program-host-memory"),
     messages.ProgramReply(ok=True, body={"programs": [{"id": "p", "service_steps": 1.5}]}),
 )
 

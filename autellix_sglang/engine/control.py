@@ -20,7 +20,9 @@ def handle(scheduler: ProgramScheduler, request: ProgramControl) -> ProgramReply
     table.now_s = max(table.now_s, request.now_s)
     try:
         return ProgramReply(ok=True, body=_body(scheduler, table, request))
-    except (ConfigError, UnknownProgramError) as error:
+    except ConfigError as error:
+        return ProgramReply(ok=False, error=error.reason, field=error.field)
+    except UnknownProgramError as error:
         return ProgramReply(ok=False, error=str(error))
 
 

@@ -357,7 +357,10 @@ class ProgramRoutes:
         return await _respond(answer)
 
     async def _ask(self, op: str, **fields: Any) -> dict[str, Any]:
-        """The body of the scheduler's reply; raises `UnknownProgramError` or `ControlError`."""
+        """The body of the scheduler's reply.
+
+        Raises `UnknownProgramError`, `ConfigError` or `ControlError`.
+        """
         context = _context()
         reply = await self._control(
             ProgramControl(
@@ -368,9 +371,11 @@ class ProgramRoutes:
                 **fields,
             )
         )
-        if not reply.ok:
-            raise UnknownProgramError(fields.get("program_id", ""))
-        return reply.body
+        if reply.ok:
+            return reply.body
+        if reply.field is not None:
+            raise ConfigError(reply.field, reply.error)
+        raise UnknownProgramError(fields["program_id"])
 
 
 def _context() -> RequestContext:

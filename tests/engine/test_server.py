@@ -259,6 +259,20 @@ def test_settings_change_while_serving(engine: Engine) -> None:
     assert engine.stats()["policy"] == before["policy"]
 
 
+def test_a_host_pool_is_made_while_serving_or_refused_by_name(engine: Engine) -> None:
+    """More memory than there is costs a 400 and nothing else; -1 is this machine's share."""
+    huge = {"kv": "swap", "host_memory": 2.0**30}
+    status, _, reply = engine.request("/program_config", huge, method="PATCH")
+    assert (status, reply["error"]["param"]) == (400, "--program-host-memory")
+    assert engine.stats()["kv"] == "keep"
+    status, _, reply = engine.request(
+        "/program_config", {"kv": "swap", "host_memory": -1}, method="PATCH"
+    )
+    assert status == 200 and reply["host_pool_bytes"] > 0 and reply["host_memory"] > 0
+    engine.generate()
+    assert engine.request("/program_config", {"kv": "keep"}, method="PATCH")[0] == 200
+
+
 def test_server_info_shows_the_scheduler(engine: Engine) -> None:
     """SGLang's own introspection carries our counters."""
     info = engine.request("/server_info")[2]
