@@ -17,7 +17,7 @@ import logging
 import zlib
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from sglang.srt.managers.scheduler import Scheduler
@@ -49,6 +49,7 @@ from autellix_sglang.messages import ProgramControl, ProgramReply
 from autellix_sglang.patches import retraction_order, retraction_swap
 
 logger = logging.getLogger(__name__)
+Own = TypeVar("Own")
 
 DEFAULT_PREFILL_WEIGHT = 0.01  # until it is measured
 _MAX_PROGRAMS_CHECKED = 1000  # integrity is asserted when idle, if that is quick
@@ -80,10 +81,13 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         self.program_metrics = ProgramMetrics(context.collector.labels) if is_wanted else None
 
     def configure(self, config: ProgramConfig) -> None:
-        """Take over settings, at start or while serving; live calls are placed anew."""
+        """Take over settings, at start or while serving; live calls are placed anew.
+
+        Raises `ConfigError`, on all ranks or on none, and then nothing has changed.
+        """
         if not config.is_enabled:
             raise ConfigError("policy", "a running program scheduler cannot be switched to 'off'")
-        self.swaps.configure(config)
+        self.swaps.configure(config, self.agree)
         self.program_config = config
         levels = Levels(config.levels, config.quantum, config.factor)
         self.program_table.configure(POLICIES[config.policy], levels, config.beta, config.ttl)
@@ -268,10 +272,20 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
             "kv_free_tokens": allocator.available_size() + self.tree_cache.evictable_size(),
             "host_pool_used_bytes": self.swaps.totals()["host_pool_used_bytes"],
         }
-        states = [own] * self.tp_size
+        return self._of_all_ranks(own)
+
+    def agree(self, error: ConfigError | None) -> None:
+        """Raise on every rank the first error that any has met; a collective, as `rank_states`."""
+        own = None if error is None else (error.field, error.reason)
+        for found in self._of_all_ranks(own):
+            if found is not None:
+                raise ConfigError(*found)
+
+    def _of_all_ranks(self, own: Own) -> list[Own]:
+        found = [own] * self.tp_size
         if self.tp_size > 1:
-            torch.distributed.all_gather_object(states, own, group=self.tp_cpu_group)
-        return states
+            torch.distributed.all_gather_object(found, own, group=self.tp_cpu_group)
+        return found
 
     def _is_refused_for_kv(self, running_batch: Any) -> bool:
         """Calls wait and slots are free, yet SGLang admitted none and calls the batch full."""
