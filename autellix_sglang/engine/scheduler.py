@@ -44,7 +44,7 @@ from autellix_sglang.engine.tracking import (
     tracked,
 )
 from autellix_sglang.engine.view import SchedulerView
-from autellix_sglang.errors import ConfigError
+from autellix_sglang.errors import ConfigError, UnsupportedModeError
 from autellix_sglang.messages import ProgramControl, ProgramReply
 from autellix_sglang.patches import retraction_order, retraction_swap
 
@@ -59,6 +59,10 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
     """`Scheduler` with program-aware order, preemption and victims."""
 
     def init_schedule_policy(self) -> None:
+        if not self.is_generation:
+            raise UnsupportedModeError(
+                "--model-path", "the model pools or embeds (--program-policy off serves it)"
+            )
         super().init_schedule_policy()
         self.program_table = ProgramTable(POLICIES["fcfs"], Levels(1, 1.0, 2.0), 0.0, 0.0)
         self.prefill_weight = DEFAULT_PREFILL_WEIGHT

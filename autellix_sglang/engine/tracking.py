@@ -40,6 +40,8 @@ def attach(req: Any, custom_params: dict[str, Any] | None) -> None:
 
 
 def tracked(req: Any) -> Tracked:
+    if not hasattr(req, _ATTRIBUTE):
+        attach(req, None)  # SGLang has made it by another way than `_create_generation_req`
     found: Tracked = getattr(req, _ATTRIBUTE)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,11 @@ pytest.importorskip("sglang")
 
 import torch
 
+from autellix_sglang.core.policy import POLICIES, Levels
+from autellix_sglang.core.program import ProgramTable
+from autellix_sglang.engine import tracking
 from autellix_sglang.engine.scheduler import ProgramScheduler
-from autellix_sglang.errors import ConfigError
+from autellix_sglang.errors import ConfigError, UnsupportedModeError
 
 
 class Bare(ProgramScheduler):
@@ -36,3 +40,19 @@ def test_an_error_of_one_rank_is_an_error_of_all(monkeypatch: pytest.MonkeyPatch
         rank.agree(ConfigError("--program-host-memory", "too large"))
     others[:] = [None, None]
     rank.agree(None)
+
+
+def test_a_model_that_does_not_generate_is_refused_at_start() -> None:
+    """Known only once the model's configuration is read: there need be no flag."""
+    with pytest.raises(UnsupportedModeError, match=r"--model-path: .*--program-policy off"):
+        Bare(is_generation=False).init_schedule_policy()
+
+
+def test_a_request_made_by_another_way_is_a_program_of_its_own() -> None:
+    """What `_create_generation_req` has not seen is scheduled all the same."""
+    table = ProgramTable(POLICIES["plas"], Levels(4, 10.0, 2.0), 0.0, 60.0)
+    req = SimpleNamespace(rid="r", origin_input_ids=[], output_ids=[])
+    assert tracking.call_of(req) is None
+    assert tracking.open_call(table, req).program.is_anonymous
+    tracking.close_call(table, req)
+    assert table.num_programs == 0
