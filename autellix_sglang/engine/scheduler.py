@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 import zlib
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from sglang.srt.environ import envs
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.utils import TypeBasedDispatcher
@@ -150,6 +152,23 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
             return False  # a call that was admitted once is never turned away
         return bool(super()._abort_on_queued_limit(recv_req))
 
+    def _poll_timeout_aborts(self) -> list[Any]:
+        """SGLang's timeouts, less those that a preemption would cause.
+
+        Rank 0 asks, and tells all others whom to abort.
+        """
+        return [abort for abort in super()._poll_timeout_aborts() if not self._is_excused(abort)]
+
+    def _is_excused(self, abort: Any) -> bool:
+        """Whether the call was preempted, and waits, or has not run so long as it seems."""
+        call = self.program_table.live_call(abort.rid)
+        if call is None or not call.num_preemptions:
+            return False
+        if call.phase is Phase.WAITING:
+            return True
+        started_s = call.handle.time_stats.forward_entry_time + tracked(call.handle).preempted_s
+        return bool(time.perf_counter() - started_s < envs.SGLANG_REQ_RUNNING_TIMEOUT.get())
+
     def send_abort_output(self, abort_req: Any, req: Any) -> None:
         super().send_abort_output(abort_req, req)
         self._close(req)
@@ -243,6 +262,9 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
             if call is not None and call.phase is Phase.WAITING:
                 num_computed = tracked(req).num_computed_tokens
                 if call.num_preemptions:
+                    stats = req.time_stats
+                    waited_s = stats.last_forward_entry_time - stats.wait_queue_entry_time
+                    tracked(req).preempted_s += waited_s
                     self.kv_loss.note(max(0, num_computed - num_cached - 1), num_computed)
                 self.program_table.start(call)
         self.is_kv_blocked = not admitted and self._is_refused_for_kv(next_plan.running_batch)

@@ -23,6 +23,7 @@ class Tracked:
     call: Call | None = None
     num_charged_outputs: int = 0
     num_computed_tokens: int = 0  # longest prefix whose computation was charged
+    preempted_s: float = 0.0  # off the batch, by this rank's clock: for rank 0's timeouts only
     history: History | None = None  # of the prompt, where calls are joined by their tokens
 
 

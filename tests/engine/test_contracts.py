@@ -29,6 +29,7 @@ from sglang.srt.mem_cache.common import (
     release_kv_cache,
 )
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
+from sglang.srt.observability.req_time_stats import SchedulerReqTimeStats
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.sampling import penaltylib
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -48,6 +49,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (Scheduler._create_generation_req, "(self, recv_req, *args, **kwargs)"),
     (Scheduler._add_request_to_queue, "(self, req, is_retracted)"),
     (Scheduler._abort_on_queued_limit, "(self, recv_req)"),
+    (Scheduler._poll_timeout_aborts, "(self)"),
     (Scheduler.send_abort_output, "(self, abort_req, req)"),
     (Scheduler.process_batch_result, "(self, batch, result)"),
     (Scheduler.get_new_batch_prefill, "(self, running_batch)"),
@@ -163,6 +165,21 @@ def test_no_sampling_looks_back_that_we_do_not_know_of() -> None:
     }
     source = inspect.getsource(SamplingBatchInfo.from_schedule_batch)
     assert source.count("penaltylib.Batched") == len(penalizers) + 1  # and their orchestrator
+
+
+def test_timeouts_are_polled_by_one_rank_and_told_to_all() -> None:
+    """So a rank's clock may decide there; and by which times SGLang judges."""
+    ingest = inspect.getsource(Scheduler.ingest_requests)
+    poll = ingest.index("local_reqs = self._poll_timeout_aborts()")
+    assert "attn_tp_rank == 0" in ingest[:poll]
+    assert "recv_requests(local_reqs=local_reqs)" in ingest[poll:]
+    stats = SchedulerReqTimeStats()
+    for ts, happens in enumerate(
+        [stats.set_wait_queue_entry_time, stats.set_forward_entry_time] * 2, start=1
+    ):
+        happens(float(ts))
+    assert (stats.forward_entry_time, stats.wait_queue_entry_time) == (2.0, 3.0)
+    assert stats.last_forward_entry_time == 4.0  # resumed
 
 
 def test_admission_asks_for_the_tokens_we_count() -> None:
