@@ -76,8 +76,14 @@ def open_call(table: ProgramTable, req: Any, index: HistoryIndex | None = None) 
         ends_program=tag.ends_program,
         kinds=ladder_of(tag.tenant, tag.agent_name, req.origin_input_ids),
         handle=req,
+        is_warm_up=_is_warm_up(req.sampling_params),
     )
     return entry.call
+
+
+def _is_warm_up(params: Any) -> bool:
+    """Whether it only puts a prompt into the cache, before SGLang sends `n` samples of it."""
+    return bool(params.n > 1 and params.max_new_tokens == 0)
 
 
 def _inferred(tag: CallTag, origin: Origin | None) -> CallTag:

@@ -194,6 +194,14 @@ def test_admission_asks_for_the_tokens_we_count() -> None:
     assert "available_size() + evictable" in inspect.getsource(PrefillBudget)
 
 
+def test_samples_are_preceded_by_a_warm_up_without_output() -> None:
+    """Which we know by `n` and `max_new_tokens`: it has the samples' tag."""
+    source = inspect.getsource(TokenizerManager._handle_batch_request)
+    warm_up = source.index("tokenized_obj.sampling_params.max_new_tokens = 0")
+    assert warm_up < source.index("for _ in range(obj.parallel_sample_num)")
+    assert (SamplingParams().n, SamplingParams(n=3).n) == (1, 3)
+
+
 def test_a_dispatcher_takes_more_types() -> None:
     """`+=` adds a handler to SGLang's dispatcher, which finds it by the message's type."""
     dispatcher = TypeBasedDispatcher([(int, lambda value: value + 1)])

@@ -14,6 +14,7 @@ pytest.importorskip("sglang")
 import torch
 from sglang.srt.environ import envs
 from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 from autellix_sglang.core.policy import POLICIES, Levels
 from autellix_sglang.core.program import ProgramTable
@@ -55,7 +56,10 @@ def test_a_model_that_does_not_generate_is_refused_at_start() -> None:
 def test_a_request_made_by_another_way_is_a_program_of_its_own() -> None:
     """What `_create_generation_req` has not seen is scheduled all the same."""
     table = ProgramTable(POLICIES["plas"], Levels(4, 10.0, 2.0), 0.0, 60.0)
-    req = SimpleNamespace(rid="r", origin_input_ids=[], output_ids=[])
+    req = SimpleNamespace(
+        rid="r", origin_input_ids=[], output_ids=[], sampling_params=SamplingParams(),
+        finished_reason=None,
+    )  # fmt: skip
     assert tracking.call_of(req) is None
     assert tracking.open_call(table, req).program.is_anonymous
     tracking.close_call(table, req)
@@ -85,7 +89,7 @@ def _timed_out(
     stats = SimpleNamespace(wait_queue_entry_time=then_s, forward_entry_time=then_s)
     req: Any = SimpleNamespace(
         rid="r", origin_input_ids=[], output_ids=[], time_stats=stats, to_finish=None,
-        finished=lambda: False,
+        finished=lambda: False, sampling_params=SamplingParams(),
     )  # fmt: skip
     call = tracking.open_call(table, req)
     tracking.tracked(req).preempted_s = preempted_s

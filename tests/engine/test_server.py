@@ -132,6 +132,18 @@ def test_samples_and_batches_are_calls_of_one_program(engine: Engine) -> None:
     assert calls[-1]["parents"] == ["fan"]
 
 
+@pytest.mark.parametrize("ids", [{"x-program-id": "n-last", "x-program-end": "1"}, {}])
+def test_samples_are_one_program_although_it_ends_with_them(
+    engine: Engine, ids: dict[str, str]
+) -> None:
+    """SGLang's warm-up before the samples is tagged as they are, and ends nothing."""
+    before = engine.stats()["num_programs"]
+    status, _, reply = engine.request("/v1/chat/completions", {**CHAT, "n": 3}, ids)
+    assert status == 200 and len(reply["choices"]) == 3
+    assert engine.stats()["num_programs"] == before + 1
+    assert engine.request("/v1/programs/n-last")[0] == 404
+
+
 def test_calls_without_any_id_are_programs_of_their_own(engine: Engine) -> None:
     """Anonymous calls leave no program behind, and never share one."""
     before = engine.stats()["num_programs"]
