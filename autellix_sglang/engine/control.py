@@ -44,7 +44,7 @@ def _body(
             return _page(table, request)
         case messages.TICK:
             table.expire(request.now_s)
-            return {"programs": table.num_programs}
+            return {"programs": table.num_programs, "ttl_s": table.ttl_s}
         case messages.CALIBRATE:
             if request.prefill_weight is not None:
                 scheduler.prefill_weight = request.prefill_weight
