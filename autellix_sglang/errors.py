@@ -27,6 +27,7 @@ class ConfigError(AutellixError):
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"{field}: {reason}")
         self.field = field
+        self.reason = reason
 
 
 class UnsupportedModeError(ConfigError):

@@ -41,13 +41,14 @@ class ProgramReply(
     ok: bool
     error: str = ""
     body: dict[str, Any] = {}
+    field: str | None = None  # the setting that was refused; None: there is no such program
 
 
 OPEN = "open"  # start a session: body {"id"}
 END = "end"  # end it: body {"id"}
 GET = "get"  # one program with its calls: body as GET /v1/programs/{id}
 LIST = "list"  # programs: body {"programs": [...], "next": position | None}
-TICK = "tick"  # forget idle programs; body {"programs": how many are left}
+TICK = "tick"  # forget idle programs; body {"programs": how many are left, "ttl_s": the TTL}
 STATS = "stats"  # totals of the scheduler: body of counters
 CALIBRATE = "calibrate"  # set prefill_weight and kv_break_even on every rank: body of both
 CONFIGURE = "configure"  # change settings of the running scheduler: body as STATS

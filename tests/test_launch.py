@@ -17,6 +17,7 @@ SUPPORTED = {
     "disaggregation_mode": "null",
     "schedule_policy": "fcfs",
     "decoupled_spec_role": "null",
+    "kv_canary": "none",
     "pp_size": 1,
     "dp_size": 1,
     "nnodes": 1,
@@ -57,6 +58,16 @@ UNSUPPORTED = {
     "--enable-lmcache": {"enable_lmcache": True},
     "--enable-flexkv": {"enable_flexkv": True},
     "--radix-cache-backend": {"radix_cache_backend": "mine"},
+    "--enable-unified-cache-external-linker": {"enable_unified_cache_external_linker": True},
+    "--enable-session-radix-cache": {"enable_session_radix_cache": True},
+    "--enable-streaming-session": {"enable_streaming_session": True},
+    "--enable-unified-memory": {"enable_unified_memory": True},
+    "--enable-kv-cache-sharding": {"enable_kv_cache_sharding": True},
+    "--kv-canary": {"kv_canary": "log"},
+    "--enable-prefill-delayer": {"enable_prefill_delayer": True},
+    "--min-free-slots-delay": {"min_free_slots_delay": 4},
+    "--enable-two-batch-overlap": {"enable_two_batch_overlap": True},
+    "--enable-deterministic-inference": {"enable_deterministic_inference": True},
 }
 
 

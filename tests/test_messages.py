@@ -22,12 +22,13 @@ EXAMPLES: tuple[Any, ...] = (
         program_id="中",
         state="idle",
         limit=3,
-        after="p",
+        after=7,
         prefill_weight=0.25,
         all_tenants=True,
         kv_break_even=64,
     ),
     messages.ProgramReply(ok=False, error="unknown"),
+    messages.ProgramReply(ok=False, error="too large", field="--program-host-memory"),
     messages.ProgramReply(ok=True, body={"programs": [{"id": "p", "service_steps": 1.5}]}),
 )
 

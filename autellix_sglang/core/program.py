@@ -51,6 +51,7 @@ class Call:
     base_path: float  # steps on the longest known chain that led here, fixed on arrival
     ends_program: bool
     handle: Any = field(repr=False)
+    is_warm_up: bool = False  # of samples to come, which the program is kept for
     phase: Phase = Phase.WAITING
     level: int = 0
     service: float = 0.0
@@ -96,6 +97,7 @@ class Program:
     is_anonymous: bool  # made for a single call that named no program
     last_active_s: float
     is_ended: bool = False
+    awaits_samples: bool = False  # the call that finished last was their warm-up
     service: float = 0.0  # lifetime, all threads, live calls included
     longest_path: float = 0.0  # steps on its longest finished chain
     level: int = 0
@@ -121,6 +123,12 @@ class Program:
     @property
     def is_live(self) -> bool:
         return bool(self.waiting or self.running)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing to keep it for."""
+        is_last = self.is_ended or self.is_anonymous
+        return is_last and not self.is_live and not self.awaits_samples
 
     @property
     def state(self) -> str:
@@ -271,7 +279,7 @@ class ProgramTable:
         self._programs.move_to_end(program.key)
 
     def _forget_if_over(self, program: Program) -> None:
-        if not program.is_live and (program.is_ended or program.is_anonymous):
+        if program.is_over:
             self._remove(program)
 
     def _forget_excess(self) -> None:
@@ -302,10 +310,12 @@ class ProgramTable:
         ends_program: bool = False,
         kinds: Ladder = (),
         handle: Any = None,
+        is_warm_up: bool = False,
     ) -> Call:
         """A new waiting call; without `program_id` it is a program of its own.
 
-        An anonymous program, made for one request, goes with its last live call. Parents that are
+        An anonymous program, made for one request, goes with its last live call. A warm-up neither
+        ends its program nor lets it go: the samples that it precedes do. Parents that are
         not known are ignored. A call whose client says that it has none begins a chain; where that
         is not told, or none of them is known, it is taken to continue the program's longest.
         `rid` must not be live already.
@@ -321,7 +331,7 @@ class ProgramTable:
         )
         call = Call(
             program, rid, call_id or rid, thread_id, parents, self._take_seq(), base,
-            ends_program, handle,
+            ends_program and not is_warm_up, handle, is_warm_up,
         )  # fmt: skip
         self._num_idle -= not program.is_live
         if program.size is None:
@@ -373,6 +383,7 @@ class ProgramTable:
         self._remember(call)
         program.longest_path = max(program.longest_path, call.path)
         program.is_ended |= call.ends_program
+        program.awaits_samples = call.is_warm_up
         self.num_events += 1
         self.counters.num_finished += 1
         if not program.is_live:
@@ -550,7 +561,7 @@ class ProgramTable:
         num_idle = 0
         for key, program in self._programs.items():
             assert program.key == key
-            assert program.is_live or not (program.is_ended or program.is_anonymous)
+            assert not program.is_over
             num_idle += not program.is_live
             self._check_program(program, queued)
             live.update(call.rid for call in (*program.waiting, *program.running))

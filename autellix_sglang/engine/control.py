@@ -20,7 +20,9 @@ def handle(scheduler: ProgramScheduler, request: ProgramControl) -> ProgramReply
     table.now_s = max(table.now_s, request.now_s)
     try:
         return ProgramReply(ok=True, body=_body(scheduler, table, request))
-    except (ConfigError, UnknownProgramError) as error:
+    except ConfigError as error:
+        return ProgramReply(ok=False, error=error.reason, field=error.field)
+    except UnknownProgramError as error:
         return ProgramReply(ok=False, error=str(error))
 
 
@@ -42,7 +44,7 @@ def _body(
             return _page(table, request)
         case messages.TICK:
             table.expire(request.now_s)
-            return {"programs": table.num_programs}
+            return {"programs": table.num_programs, "ttl_s": table.ttl_s}
         case messages.CALIBRATE:
             if request.prefill_weight is not None:
                 scheduler.prefill_weight = request.prefill_weight

@@ -27,12 +27,15 @@ class PooledChunk(HostChunk):
 
 
 class HostPool:
-    """Owner of one pinned block of memory; `num_pages` may be 0."""
+    """Owner of one pinned block of memory; `num_pages` may be 0.
+
+    Raises `ConfigError` if the system does not have or does not pin so much.
+    """
 
     def __init__(self, pool: KVPool, num_pages: int, page_tokens: int = PAGE_TOKENS) -> None:
         self._page_tokens = page_tokens
         self._num_pages = num_pages
-        self._storage = torch.empty((num_pages * page_tokens, pool.record_bytes), dtype=torch.uint8)
+        self._storage = _allocate(num_pages * page_tokens, pool.record_bytes)
         if pool.device.type == "cuda" and num_pages:
             _pin(self._storage)
         self._free = list(range(num_pages))  # a heap: sorted to begin with
@@ -92,11 +95,18 @@ class HostPool:
         return -(-num_tokens // self._page_tokens)
 
 
-def _pin(storage: torch.Tensor) -> None:
-    """Page-lock memory until it is freed; PyTorch's own would be rounded up to a power of two.
+def _allocate(num_records: int, record_bytes: int) -> torch.Tensor:
+    try:
+        return torch.empty((num_records, record_bytes), dtype=torch.uint8)
+    except (RuntimeError, MemoryError, TypeError) as error:  # the last for numbers beyond 64 bits
+        raise ConfigError(
+            "--program-host-memory",
+            f"{num_records * record_bytes} bytes cannot be allocated",
+        ) from error
 
-    Raises `ConfigError` if the system does not let so much be locked.
-    """
+
+def _pin(storage: torch.Tensor) -> None:
+    """Page-lock memory until it is freed; PyTorch's own would be rounded up to a power of two."""
     runtime, address = torch.cuda.cudart(), storage.data_ptr()
     status = int(runtime.cudaHostRegister(address, storage.numel(), 0))
     if status:

@@ -37,6 +37,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from autellix_sglang import messages
 from autellix_sglang.config import ProgramConfig
 from autellix_sglang.core.program import STATES
+from autellix_sglang.engine.plugin import with_host_memory
 from autellix_sglang.errors import ConfigError, ControlError, IdentityError, UnknownProgramError
 from autellix_sglang.identity import CallTag, HeaderIdentity, parse_id
 from autellix_sglang.messages import ProgramControl, ProgramReply
@@ -356,7 +357,10 @@ class ProgramRoutes:
         return await _respond(answer)
 
     async def _ask(self, op: str, **fields: Any) -> dict[str, Any]:
-        """The body of the scheduler's reply; raises `UnknownProgramError` or `ControlError`."""
+        """The body of the scheduler's reply.
+
+        Raises `UnknownProgramError`, `ConfigError` or `ControlError`.
+        """
         context = _context()
         reply = await self._control(
             ProgramControl(
@@ -367,9 +371,11 @@ class ProgramRoutes:
                 **fields,
             )
         )
-        if not reply.ok:
-            raise UnknownProgramError(fields.get("program_id", ""))
-        return reply.body
+        if reply.ok:
+            return reply.body
+        if reply.field is not None:
+            raise ConfigError(reply.field, reply.error)
+        raise UnknownProgramError(fields["program_id"])
 
 
 def _context() -> RequestContext:
@@ -389,13 +395,19 @@ def _parse_open(body: bytes) -> str | None:
 
 
 def _parse_config(body: bytes) -> dict[str, Any]:
-    """The changes in a request's body; raises `IdentityError` or `ConfigError`."""
+    """The changes in a request's body; raises `IdentityError` or `ConfigError`.
+
+    What -1 stands for as the host pool's size is settled here, so that all ranks get one number.
+    """
     try:
         changes = msgspec.json.decode(body, type=dict[str, Any])
     except msgspec.DecodeError as error:
         raise IdentityError("body", str(error)) from None
-    if not ProgramConfig().replace(**changes).is_enabled:
+    config = ProgramConfig().replace(**changes)
+    if not config.is_enabled:
         raise ConfigError("policy", "'off' needs a server started with --program-policy off")
+    if "host_memory" in changes:
+        changes["host_memory"] = with_host_memory(config).host_memory
     return changes
 
 

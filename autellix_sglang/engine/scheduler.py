@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 import zlib
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from sglang.srt.environ import envs
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.utils import TypeBasedDispatcher
@@ -44,11 +46,12 @@ from autellix_sglang.engine.tracking import (
     tracked,
 )
 from autellix_sglang.engine.view import SchedulerView
-from autellix_sglang.errors import ConfigError
+from autellix_sglang.errors import ConfigError, UnsupportedModeError
 from autellix_sglang.messages import ProgramControl, ProgramReply
 from autellix_sglang.patches import retraction_order, retraction_swap
 
 logger = logging.getLogger(__name__)
+Own = TypeVar("Own")
 
 DEFAULT_PREFILL_WEIGHT = 0.01  # until it is measured
 _MAX_PROGRAMS_CHECKED = 1000  # integrity is asserted when idle, if that is quick
@@ -58,6 +61,10 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
     """`Scheduler` with program-aware order, preemption and victims."""
 
     def init_schedule_policy(self) -> None:
+        if not self.is_generation:
+            raise UnsupportedModeError(
+                "--model-path", "the model pools or embeds (--program-policy off serves it)"
+            )
         super().init_schedule_policy()
         self.program_table = ProgramTable(POLICIES["fcfs"], Levels(1, 1.0, 2.0), 0.0, 0.0)
         self.prefill_weight = DEFAULT_PREFILL_WEIGHT
@@ -80,10 +87,13 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         self.program_metrics = ProgramMetrics(context.collector.labels) if is_wanted else None
 
     def configure(self, config: ProgramConfig) -> None:
-        """Take over settings, at start or while serving; live calls are placed anew."""
+        """Take over settings, at start or while serving; live calls are placed anew.
+
+        Raises `ConfigError`, on all ranks or on none, and then nothing has changed.
+        """
         if not config.is_enabled:
             raise ConfigError("policy", "a running program scheduler cannot be switched to 'off'")
-        self.swaps.configure(config)
+        self.swaps.configure(config, self.agree)
         self.program_config = config
         levels = Levels(config.levels, config.quantum, config.factor)
         self.program_table.configure(POLICIES[config.policy], levels, config.beta, config.ttl)
@@ -141,6 +151,23 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         if call_of(recv_req) is not None:
             return False  # a call that was admitted once is never turned away
         return bool(super()._abort_on_queued_limit(recv_req))
+
+    def _poll_timeout_aborts(self) -> list[Any]:
+        """SGLang's timeouts, less those that a preemption would cause.
+
+        Rank 0 asks, and tells all others whom to abort.
+        """
+        return [abort for abort in super()._poll_timeout_aborts() if not self._is_excused(abort)]
+
+    def _is_excused(self, abort: Any) -> bool:
+        """Whether the call was preempted, and waits, or has not run so long as it seems."""
+        call = self.program_table.live_call(abort.rid)
+        if call is None or not call.num_preemptions:
+            return False
+        if call.phase is Phase.WAITING:
+            return True
+        started_s = call.handle.time_stats.forward_entry_time + tracked(call.handle).preempted_s
+        return bool(time.perf_counter() - started_s < envs.SGLANG_REQ_RUNNING_TIMEOUT.get())
 
     def send_abort_output(self, abort_req: Any, req: Any) -> None:
         super().send_abort_output(abort_req, req)
@@ -235,6 +262,9 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
             if call is not None and call.phase is Phase.WAITING:
                 num_computed = tracked(req).num_computed_tokens
                 if call.num_preemptions:
+                    stats = req.time_stats
+                    waited_s = stats.last_forward_entry_time - stats.wait_queue_entry_time
+                    tracked(req).preempted_s += waited_s
                     self.kv_loss.note(max(0, num_computed - num_cached - 1), num_computed)
                 self.program_table.start(call)
         self.is_kv_blocked = not admitted and self._is_refused_for_kv(next_plan.running_batch)
@@ -268,10 +298,20 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
             "kv_free_tokens": allocator.available_size() + self.tree_cache.evictable_size(),
             "host_pool_used_bytes": self.swaps.totals()["host_pool_used_bytes"],
         }
-        states = [own] * self.tp_size
+        return self._of_all_ranks(own)
+
+    def agree(self, error: ConfigError | None) -> None:
+        """Raise on every rank the first error that any has met; a collective, as `rank_states`."""
+        own = None if error is None else (error.field, error.reason)
+        for found in self._of_all_ranks(own):
+            if found is not None:
+                raise ConfigError(*found)
+
+    def _of_all_ranks(self, own: Own) -> list[Own]:
+        found = [own] * self.tp_size
         if self.tp_size > 1:
-            torch.distributed.all_gather_object(states, own, group=self.tp_cpu_group)
-        return states
+            torch.distributed.all_gather_object(found, own, group=self.tp_cpu_group)
+        return found
 
     def _is_refused_for_kv(self, running_batch: Any) -> bool:
         """Calls wait and slots are free, yet SGLang admitted none and calls the batch full."""

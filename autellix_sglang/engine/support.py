@@ -78,6 +78,16 @@ CONFLICTS: Final = (
     _given("enable_lmcache", UNTESTED),
     _given("enable_flexkv", UNTESTED),
     _given("radix_cache_backend", UNTESTED),
+    _given("enable_unified_cache_external_linker", UNTESTED),
+    _given("enable_session_radix_cache", UNTESTED),
+    _given("enable_streaming_session", UNTESTED),
+    _given("enable_unified_memory", UNTESTED),
+    _given("enable_kv_cache_sharding", UNTESTED),
+    _other_than("kv_canary", "none", UNTESTED),
+    _given("enable_prefill_delayer", UNTESTED),
+    _given("min_free_slots_delay", UNTESTED),
+    _given("enable_two_batch_overlap", UNTESTED),
+    _given("enable_deterministic_inference", UNTESTED),
 )
 
 

@@ -32,7 +32,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -63,6 +63,15 @@ logger = logging.getLogger(__name__)
 GIB: Final = 2**30
 MEASURED_TOKENS: Final = (64, 1024)  # lengths of the two copies that are timed
 NUM_ROUNDS: Final = 3
+
+
+Agreement = Callable[[ConfigError | None], None]  # see `ProgramScheduler.agree`
+
+
+def raise_own(error: ConfigError | None) -> None:
+    """The agreement of one rank with itself."""
+    if error is not None:
+        raise error
 
 
 @dataclass(slots=True)
@@ -119,33 +128,48 @@ class SwapManager:
         self.link: LinkCost | None = None  # measured on this rank; never read by a decision
         self.break_even_tokens: int | None = None
 
-    def configure(self, config: ProgramConfig) -> None:
-        """Take over settings; makes the host pool if they need it. Raises `ConfigError`."""
+    def configure(self, config: ProgramConfig, agree: Agreement = raise_own) -> None:
+        """Take over settings; makes the host pool if they need it.
+
+        Raises `ConfigError`, and then nothing has changed. What may fail on one rank alone comes
+        before `agree`, which raises on every rank what any of them has met.
+        """
         if self._host is not None and config.host_memory != self._host_gib:
             raise ConfigError("--program-host-memory", "the pool exists and keeps its size")
         if may_save(config.kv) and self._host is None:
-            self._open(config)
+            self._open(config, agree)
         self._mode = config.kv
         if config.kv_break_even:
             self.break_even_tokens = config.kv_break_even
 
-    def _open(self, config: ProgramConfig) -> None:
-        if self._kv is None or self._tree.supports_mamba() or self._tree.supports_swa():
-            kind = type(self._allocator.get_kvcache()).__name__
-            raise ConfigError("--program-kv", f"{config.kv!r} cannot move the rows of a {kind}")
+    def _open(self, config: ProgramConfig, agree: Agreement) -> None:
+        error = made = None
         try:
-            self._mover = mover_for(self._kv)
-        except KernelError as error:
-            raise ConfigError("--program-kv", f"{config.kv!r}: {error}") from error
+            made = self._make_store(config)
+        except ConfigError as caught:
+            error = caught
+        agree(error)
+        assert made is not None and self._kv is not None
+        self._mover, self._host, self.link = made
         self._host_gib = config.host_memory
-        num_bytes = int(config.host_memory * GIB) // self._scheduler.tp_size
-        self._host = HostPool.sized(self._kv, num_bytes)
         self._copies = CopyOrder(self._kv.device, self._scheduler)
-        self.link = measure_link(self._kv, self._mover)
         logger.info(
             "host pool for swapped KV: %.2f GiB on this rank, %d bytes per token",
             self._host.total_bytes / GIB, self._kv.record_bytes,
         )  # fmt: skip
+
+    def _make_store(self, config: ProgramConfig) -> tuple[Mover, HostPool, LinkCost]:
+        if self._kv is None or self._tree.supports_mamba() or self._tree.supports_swa():
+            kind = type(self._allocator.get_kvcache()).__name__
+            raise ConfigError("--program-kv", f"{config.kv!r} cannot move the rows of a {kind}")
+        if config.host_memory < 0:
+            raise ConfigError("--program-host-memory", "-1 has to be resolved before it gets here")
+        num_bytes = int(config.host_memory * GIB) // self._scheduler.tp_size
+        try:
+            mover = mover_for(self._kv)
+            return mover, HostPool.sized(self._kv, num_bytes), measure_link(self._kv, mover)
+        except KernelError as error:
+            raise ConfigError("--program-kv", f"{config.kv!r}: {error}") from error
 
     # -- out -------------------------------------------------------------------------------------
 

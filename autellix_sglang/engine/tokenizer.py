@@ -67,6 +67,7 @@ class ProgramTokenizerManager(TokenizerManager):  # type: ignore[misc]  # SGLang
         self.program_config = ProgramConfig.from_env()
         self._replies: deque[asyncio.Future[ProgramReply]] = deque()
         self._num_activities = 0
+        self._ttl_s = self.program_config.ttl  # as the last tick found it
         self._ticker: asyncio.Task[None] | None = None
         self._calibration: concurrent.futures.Future[None] | None = None
         super().__init__(*args, **kwargs)
@@ -145,14 +146,14 @@ class ProgramTokenizerManager(TokenizerManager):  # type: ignore[misc]  # SGLang
             self._ticker.add_done_callback(self.asyncio_tasks.discard)
 
     async def _tick_until_empty(self) -> None:
-        interval_s = max(0.25, self.program_config.ttl / 8)
+        """Every eighth of the TTL; a change of it counts from the next tick on."""
         num_programs, num_seen = 1, -1
         while num_programs > 0 or num_seen != self._num_activities:
             num_seen = self._num_activities
-            await asyncio.sleep(interval_s)
+            await asyncio.sleep(max(0.25, self._ttl_s / 8))
             try:
                 reply = await self.program_control(ProgramControl(op=TICK, now_s=time.monotonic()))
-                num_programs = reply.body["programs"]
+                num_programs, self._ttl_s = reply.body["programs"], reply.body["ttl_s"]
             except ControlError as error:
                 logger.debug("tick: %s", error)
 

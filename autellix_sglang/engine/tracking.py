@@ -23,6 +23,7 @@ class Tracked:
     call: Call | None = None
     num_charged_outputs: int = 0
     num_computed_tokens: int = 0  # longest prefix whose computation was charged
+    preempted_s: float = 0.0  # off the batch, by this rank's clock: for rank 0's timeouts only
     history: History | None = None  # of the prompt, where calls are joined by their tokens
 
 
@@ -40,6 +41,8 @@ def attach(req: Any, custom_params: dict[str, Any] | None) -> None:
 
 
 def tracked(req: Any) -> Tracked:
+    if not hasattr(req, _ATTRIBUTE):
+        attach(req, None)  # SGLang has made it by another way than `_create_generation_req`
     found: Tracked = getattr(req, _ATTRIBUTE)
     return found
 
@@ -73,8 +76,14 @@ def open_call(table: ProgramTable, req: Any, index: HistoryIndex | None = None) 
         ends_program=tag.ends_program,
         kinds=ladder_of(tag.tenant, tag.agent_name, req.origin_input_ids),
         handle=req,
+        is_warm_up=_is_warm_up(req.sampling_params),
     )
     return entry.call
+
+
+def _is_warm_up(params: Any) -> bool:
+    """Whether it only puts a prompt into the cache, before SGLang sends `n` samples of it."""
+    return bool(params.n > 1 and params.max_new_tokens == 0)
 
 
 def _inferred(tag: CallTag, origin: Origin | None) -> CallTag:

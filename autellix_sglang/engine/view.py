@@ -89,12 +89,14 @@ def _max_new_tokens(req: Any) -> int:
 def is_preemptible(req: Any) -> bool:
     """Whether taking a running request off the batch cannot change its result.
 
-    Excluded are requests whose per-token extras SGLang rebuilds on resumption (log-probabilities,
-    hidden states, routed experts, sampling masks), whose prompt is not its token ids (embeddings,
-    images), whose KV belongs to a session, and beams. They are ordered, and run to their end.
+    Excluded are requests whose sampling looks back at their output, which SGLang forgets, and
+    whose per-token extras it rebuilds on resumption (log-probabilities, hidden states, routed
+    experts, sampling masks), whose prompt is not its token ids (embeddings, images), whose KV
+    belongs to a session, and beams. They are ordered, and run to their end.
     """
     return not (
         req.finished()
+        or _looks_back(req)
         or req.to_finish is not None
         or not req.output_ids
         or req.return_logprob
@@ -106,4 +108,19 @@ def is_preemptible(req: Any) -> bool:
         or req.multimodal_inputs is not None
         or req.session is not None
         or req.beam_group is not None
+    )
+
+
+def _looks_back(req: Any) -> bool:
+    """Whether the next token depends on earlier ones by more than the model.
+
+    SGLang counts penalties, and output up to `min_new_tokens`, from the token after a resumption.
+    """
+    params = req.sampling_params
+    return (
+        params.frequency_penalty != 0.0
+        or params.presence_penalty != 0.0
+        or params.repetition_penalty != 1.0
+        or params.min_new_tokens > 0
+        or req.custom_logit_processor is not None
     )

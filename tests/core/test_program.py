@@ -87,6 +87,30 @@ def test_a_last_call_ends_its_program(table: ProgramTable) -> None:
     assert not is_known(table, "p")
 
 
+@pytest.mark.parametrize("program_id", ["p", None])
+def test_a_warm_up_leaves_its_program_to_the_samples(
+    table: ProgramTable, program_id: str | None
+) -> None:
+    """Neither the end that it is tagged with nor its namelessness counts; the samples' do."""
+    tag = {"program_id": program_id or "w", "is_anonymous": program_id is None}
+    warm_up = table.open_call("w", ends_program=True, is_warm_up=True, **tag)
+    serve(table, warm_up, 20)
+    table.check_integrity()
+    samples = [table.open_call(rid, ends_program=True, **tag) for rid in "ab"]
+    assert {sample.program for sample in samples} == {warm_up.program}
+    assert all(sample.level > 0 for sample in samples), "they would begin anew"
+    for sample in samples:
+        serve(table, sample)
+    assert table.num_programs == 0
+
+
+def test_a_warm_up_whose_samples_never_come_goes_with_the_ttl(table: ProgramTable) -> None:
+    """Its client has gone in between; nothing stays for ever."""
+    serve(table, table.open_call("w", is_warm_up=True))
+    table.expire(table.ttl_s + 1)
+    assert table.num_programs == 0
+
+
 def test_ending_an_unknown_program_is_an_error(table: ProgramTable) -> None:
     """The error names the program that nobody knows."""
     with pytest.raises(UnknownProgramError, match="'nobody'"):

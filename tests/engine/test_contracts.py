@@ -29,7 +29,11 @@ from sglang.srt.mem_cache.common import (
     release_kv_cache,
 )
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
+from sglang.srt.observability.req_time_stats import SchedulerReqTimeStats
 from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.sampling import penaltylib
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.utils import TypeBasedDispatcher
 
 from autellix_sglang.engine.support import SGLANG_VERSION, check_version
@@ -45,6 +49,7 @@ SIGNATURES: list[tuple[Callable[..., Any], str]] = [
     (Scheduler._create_generation_req, "(self, recv_req, *args, **kwargs)"),
     (Scheduler._add_request_to_queue, "(self, req, is_retracted)"),
     (Scheduler._abort_on_queued_limit, "(self, recv_req)"),
+    (Scheduler._poll_timeout_aborts, "(self)"),
     (Scheduler.send_abort_output, "(self, abort_req, req)"),
     (Scheduler.process_batch_result, "(self, batch, result)"),
     (Scheduler.get_new_batch_prefill, "(self, running_batch)"),
@@ -151,6 +156,32 @@ def test_a_readmitted_request_counts_as_running_again_at_once() -> None:
     assert "req.is_retracted = False" in inspect.getsource(ScheduleBatch.prepare_for_extend)
 
 
+def test_no_sampling_looks_back_that_we_do_not_know_of() -> None:
+    """`is_preemptible` names what each of SGLang's penalizers reads of a request's parameters."""
+    penalizers = {name for name in vars(penaltylib) if name.endswith("Penalizer")}
+    assert penalizers == {
+        f"Batched{kind}Penalizer"
+        for kind in ("Frequency", "Presence", "Repetition", "MinNewTokens")
+    }
+    source = inspect.getsource(SamplingBatchInfo.from_schedule_batch)
+    assert source.count("penaltylib.Batched") == len(penalizers) + 1  # and their orchestrator
+
+
+def test_timeouts_are_polled_by_one_rank_and_told_to_all() -> None:
+    """So a rank's clock may decide there; and by which times SGLang judges."""
+    ingest = inspect.getsource(Scheduler.ingest_requests)
+    poll = ingest.index("local_reqs = self._poll_timeout_aborts()")
+    assert "attn_tp_rank == 0" in ingest[:poll]
+    assert "recv_requests(local_reqs=local_reqs)" in ingest[poll:]
+    stats = SchedulerReqTimeStats()
+    for ts, happens in enumerate(
+        [stats.set_wait_queue_entry_time, stats.set_forward_entry_time] * 2, start=1
+    ):
+        happens(float(ts))
+    assert (stats.forward_entry_time, stats.wait_queue_entry_time) == (2.0, 3.0)
+    assert stats.last_forward_entry_time == 4.0  # resumed
+
+
 def test_admission_asks_for_the_tokens_we_count() -> None:
     """A swapped call is restored right before SGLang admits it, by SGLang's own arithmetic."""
     loop = inspect.getsource(Scheduler._get_new_batch_prefill_raw)
@@ -161,6 +192,14 @@ def test_admission_asks_for_the_tokens_we_count() -> None:
     budget = inspect.getsource(PrefillBudget.check_prefill)
     assert "if total_tokens < self.remaining_total" in budget
     assert "available_size() + evictable" in inspect.getsource(PrefillBudget)
+
+
+def test_samples_are_preceded_by_a_warm_up_without_output() -> None:
+    """Which we know by `n` and `max_new_tokens`: it has the samples' tag."""
+    source = inspect.getsource(TokenizerManager._handle_batch_request)
+    warm_up = source.index("tokenized_obj.sampling_params.max_new_tokens = 0")
+    assert warm_up < source.index("for _ in range(obj.parallel_sample_num)")
+    assert (SamplingParams().n, SamplingParams(n=3).n) == (1, 3)
 
 
 def test_a_dispatcher_takes_more_types() -> None:
@@ -177,8 +216,11 @@ def test_what_we_read_of_a_request_and_a_batch_is_there() -> None:
         "origin_input_ids", "output_ids", "sampling_params", "to_finish", "return_logprob",
         "return_hidden_states", "return_routed_experts", "return_indexer_topk",
         "return_sampling_mask", "input_embeds", "multimodal_inputs", "session", "beam_group", "kv",
-        "num_matched_prefix_tokens",
+        "num_matched_prefix_tokens", "custom_logit_processor",
     ):  # fmt: skip
         assert f"self.{name}" in source, name
+    params = SamplingParams()
+    assert (params.frequency_penalty, params.presence_penalty) == (0.0, 0.0)
+    assert (params.repetition_penalty, params.min_new_tokens) == (1.0, 0)
     fields = ScheduleBatch.__dataclass_fields__
     assert {"reqs", "prefix_lens", "extend_lens", "decoding_reqs", "batch_is_full"} <= set(fields)

@@ -9,6 +9,7 @@ import torch
 
 from autellix_sglang.engine.host_pool import PAGE_TOKENS, HostPool
 from autellix_sglang.engine.swap_op import KVPool, swap_in, swap_out
+from autellix_sglang.errors import ConfigError
 
 KV = KVPool((torch.zeros(4, 8), torch.zeros(4, 8)))  # records of 64 bytes
 
@@ -18,6 +19,13 @@ def test_size_is_rounded_down_to_whole_pages():
     assert HostPool.sized(KV, 64 * 10, page_tokens=4).total_bytes == 2 * 4 * 64
     empty = HostPool.sized(KV, 0)
     assert (empty.allocate(1), empty.total_bytes, empty.can_allocate(0)) == (None, 0, True)
+
+
+@pytest.mark.parametrize("num_bytes", [2**60, 10**300])
+def test_memory_that_is_not_there_is_an_error_of_the_setting(num_bytes):
+    """What a user asked too much of is said by the name of the flag."""
+    with pytest.raises(ConfigError, match=r"--program-host-memory: \d+ bytes cannot be allocated"):
+        HostPool.sized(KV, num_bytes)
 
 
 def test_a_full_pool_says_no_and_changes_nothing():

@@ -14,10 +14,20 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.middleware import Middleware
 
+from autellix_sglang.core.kv import HOST_LIMIT_GIB
 from autellix_sglang.engine import http
 from autellix_sglang.errors import ControlError, IdentityError
 from autellix_sglang.identity import BodyIdentity, CallTag
-from autellix_sglang.messages import END, GET, LIST, OPEN, STATS, ProgramControl, ProgramReply
+from autellix_sglang.messages import (
+    CONFIGURE,
+    END,
+    GET,
+    LIST,
+    OPEN,
+    STATS,
+    ProgramControl,
+    ProgramReply,
+)
 
 OUTCOME = {"queue_steps": 2.5, "service_steps": 7.25, "level": 1, "preemptions": 3}
 NOW_S = 12.0
@@ -37,6 +47,8 @@ class FakeScheduler:
             raise ControlError("the scheduler did not answer")
         if control.op in (GET, END) and not self._is_visible(control):
             return ProgramReply(ok=False, error="unknown")
+        if control.op == CONFIGURE and "host_memory" in control.config:
+            return ProgramReply(ok=False, error="keeps its size", field="--program-host-memory")
         if control.op == OPEN:
             self.programs[control.program_id] = control.tenant
         return ProgramReply(ok=True, body={"op": control.op, "id": control.program_id})
@@ -313,6 +325,21 @@ async def test_silent_scheduler_is_a_503(client, scheduler):
 async def test_stats(client):
     """GET /program_stats passes the scheduler's totals on."""
     assert (await client.get("/program_stats")).json()["op"] == STATS
+
+
+async def test_an_open_pool_size_is_settled_before_the_ranks_hear_of_it(client, scheduler):
+    """-1 becomes this machine's share, one number for all ranks; other changes go on as sent."""
+    await client.patch("/program_config", json={"kv": "swap", "host_memory": -1})
+    told = scheduler.asked[-1].config
+    assert told["kv"] == "swap" and 0 < told["host_memory"] <= HOST_LIMIT_GIB
+
+
+async def test_a_setting_that_the_scheduler_refuses_is_a_400_with_its_reason(client):
+    """The answer names the setting, not a program."""
+    response = await client.patch("/program_config", json={"host_memory": 2})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "--program-host-memory")
+    assert error["message"] == "--program-host-memory: keeps its size"
 
 
 # -- keys and installation -----------------------------------------------------------------------

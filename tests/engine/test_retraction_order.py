@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 from autellix_sglang.core.policy import POLICIES, Levels
 from autellix_sglang.core.program import ProgramTable
@@ -30,7 +31,9 @@ def _requests(services: list[float]) -> list[Any]:
     table = ProgramTable(POLICIES["plas"], Levels(4, 10.0, 2.0), 0.0, 60.0)
     reqs = []
     for i, service in enumerate(services):
-        req = SimpleNamespace(rid=str(i), output_ids=[], origin_input_ids=[])
+        req = SimpleNamespace(
+            rid=str(i), output_ids=[], origin_input_ids=[], sampling_params=SamplingParams()
+        )
         tracking.attach(req, None)
         call = tracking.open_call(table, req)
         table.start(call)

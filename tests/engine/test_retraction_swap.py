@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from sglang.srt.managers import schedule_batch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 from autellix_sglang.core.policy import POLICIES, Levels
 from autellix_sglang.core.program import ProgramTable
@@ -47,8 +48,8 @@ def _batch(num_reqs: int) -> Any:
             rid=str(i), origin_input_ids=[], output_ids=[1], to_finish=None, finished=lambda: False,
             return_logprob=False, return_hidden_states=False, return_routed_experts=False,
             return_indexer_topk=False, return_sampling_mask=False, input_embeds=None,
-            multimodal_inputs=None, session=None, beam_group=None,
-            kv=SimpleNamespace(holds_kv=True),
+            multimodal_inputs=None, session=None, beam_group=None, custom_logit_processor=None,
+            sampling_params=SamplingParams(), kv=SimpleNamespace(holds_kv=True),
         )  # fmt: skip
         tracking.attach(req, None)
         table.start(tracking.open_call(table, req))
@@ -64,14 +65,21 @@ def test_the_manager_gets_the_victim_and_those_who_stay(recorder: Recorder) -> N
     assert recorder.released == [(batch.reqs[1], [batch.reqs[0]])]
 
 
-@pytest.mark.parametrize("case", ["no copy wanted", "unknown", "with log-probabilities"])
+@pytest.mark.parametrize(
+    "case",
+    ["no copy wanted", "unknown", "with log-probabilities", "penalized", "with a processor"],
+)
 def test_the_rest_is_released_as_sglang_does(recorder: Recorder, case: str) -> None:
-    """A request that is aborted, that is none of ours, or whose extras SGLang rebuilds."""
+    """A request that is aborted, that is none of ours, or whose state SGLang rebuilds or loses."""
     batch = _batch(2)
     if case == "unknown":
         tracking.tracked(batch.reqs[0]).call = None
     if case == "with log-probabilities":
         batch.reqs[0].return_logprob = True
+    if case == "penalized":
+        batch.reqs[0].sampling_params.presence_penalty = 0.5
+    if case == "with a processor":
+        batch.reqs[0].custom_logit_processor = "{}"
     offload = case != "no copy wanted"
     assert ScheduleBatch.release_req(batch, 0, 1, offload_kv=offload) == ("stock", 0, 1, offload)
     assert recorder.released == []

@@ -132,6 +132,18 @@ def test_samples_and_batches_are_calls_of_one_program(engine: Engine) -> None:
     assert calls[-1]["parents"] == ["fan"]
 
 
+@pytest.mark.parametrize("ids", [{"x-program-id": "n-last", "x-program-end": "1"}, {}])
+def test_samples_are_one_program_although_it_ends_with_them(
+    engine: Engine, ids: dict[str, str]
+) -> None:
+    """SGLang's warm-up before the samples is tagged as they are, and ends nothing."""
+    before = engine.stats()["num_programs"]
+    status, _, reply = engine.request("/v1/chat/completions", {**CHAT, "n": 3}, ids)
+    assert status == 200 and len(reply["choices"]) == 3
+    assert engine.stats()["num_programs"] == before + 1
+    assert engine.request("/v1/programs/n-last")[0] == 404
+
+
 def test_calls_without_any_id_are_programs_of_their_own(engine: Engine) -> None:
     """Anonymous calls leave no program behind, and never share one."""
     before = engine.stats()["num_programs"]
@@ -218,6 +230,34 @@ def test_log_probabilities_are_those_of_an_undisturbed_run(engine: Engine) -> No
     assert [p for p, _ in disturbed] == pytest.approx([p for p, _ in alone], abs=1e-4)
 
 
+LOOKS_BACK = (
+    {"frequency_penalty": 0.5},
+    {"presence_penalty": 0.5},
+    {"repetition_penalty": 1.3},
+    {"min_new_tokens": 50},
+)
+
+
+def test_calls_that_look_back_at_their_output_are_not_preempted(engine: Engine) -> None:
+    """SGLang would count penalties anew on resumption: such calls are ordered and run on.
+
+    Answers are not compared: with overlap scheduling SGLang's own penalties miss the token before
+    any other call's prefill.
+    """
+
+    def num_preemptions(extra: dict[str, float]) -> int:
+        params = {"temperature": 0, "max_new_tokens": 60, "ignore_eos": True, **extra}
+        body = {"text": "look back", "sampling_params": params}
+        reply = engine.request("/generate", body, {"x-program-id": f"looks-back-{extra}"})[2]
+        return int(reply["meta_info"]["program"]["preemptions"])
+
+    with ThreadPoolExecutor(16) as pool:
+        busy = [pool.submit(num_preemptions, extra) for extra in LOOKS_BACK]
+        for i in range(40):
+            pool.submit(engine.generate, f"short {i}", 3)
+        assert [call.result() for call in busy] == [0] * len(LOOKS_BACK)
+
+
 def test_settings_change_while_serving(engine: Engine) -> None:
     """PATCH /program_config takes effect at once; bad changes are refused by name."""
     before = engine.stats()
@@ -229,6 +269,20 @@ def test_settings_change_while_serving(engine: Engine) -> None:
     restored = {"policy": before["policy"], "beta": before["beta"]}
     engine.request("/program_config", restored, method="PATCH")
     assert engine.stats()["policy"] == before["policy"]
+
+
+def test_a_host_pool_is_made_while_serving_or_refused_by_name(engine: Engine) -> None:
+    """More memory than there is costs a 400 and nothing else; -1 is this machine's share."""
+    huge = {"kv": "swap", "host_memory": 2.0**30}
+    status, _, reply = engine.request("/program_config", huge, method="PATCH")
+    assert (status, reply["error"]["param"]) == (400, "--program-host-memory")
+    assert engine.stats()["kv"] == "keep"
+    status, _, reply = engine.request(
+        "/program_config", {"kv": "swap", "host_memory": -1}, method="PATCH"
+    )
+    assert status == 200 and reply["host_pool_bytes"] > 0 and reply["host_memory"] > 0
+    engine.generate()
+    assert engine.request("/program_config", {"kv": "keep"}, method="PATCH")[0] == 200
 
 
 def test_server_info_shows_the_scheduler(engine: Engine) -> None:

@@ -273,3 +273,38 @@ def test_a_pool_whose_rows_we_cannot_move_is_refused() -> None:
     manager.configure(ProgramConfig(kv="keep"))
     with pytest.raises(ConfigError, match="--program-kv"):
         manager.configure(ProgramConfig(kv="swap"))
+
+
+@pytest.mark.parametrize("gib", [-1, 2.0**40])
+def test_a_pool_that_cannot_be_made_changes_nothing(gib: float) -> None:
+    """A size that is left open, or beyond this machine, is refused; the old settings hold."""
+    rig = _rig("keep")
+    with pytest.raises(ConfigError, match="--program-host-memory"):
+        rig.swaps.configure(ProgramConfig(kv="swap", host_memory=gib))
+    req = _running(rig, "a")
+    rig.preempt([req])
+    assert rig.swaps.totals()["host_pool_bytes"] == rig.swaps.counters.swaps_out == 0
+    rig.swaps.configure(ProgramConfig(kv="swap", host_memory=2.0**-10))
+    assert rig.swaps.totals()["host_pool_bytes"] > 0
+
+
+def test_a_pool_that_another_rank_could_not_make_is_given_up() -> None:
+    """Its own was made by then; it goes, the old settings hold, and a later try is free."""
+    rig = _rig("keep")
+    asked: list[ConfigError | None] = []
+
+    def agree(error: ConfigError | None) -> None:
+        asked.append(error)
+        raise ConfigError("--program-host-memory", "cannot be pinned on rank 1")
+
+    config = ProgramConfig(kv="swap", host_memory=2.0**-10)
+    with pytest.raises(ConfigError, match="rank 1"):
+        rig.swaps.configure(config, agree)
+    assert asked == [None]  # reached without an error of its own
+    rig.preempt([_running(rig, "a")])
+    assert rig.swaps.totals()["host_pool_bytes"] == rig.swaps.counters.swaps_out == 0
+    with pytest.raises(ConfigError, match="rank 1"):
+        rig.swaps.configure(config.replace(host_memory=2.0**40), agree)
+    assert isinstance(asked[1], ConfigError)  # and with one
+    rig.swaps.configure(config)
+    assert rig.swaps.totals()["host_pool_bytes"] > 0

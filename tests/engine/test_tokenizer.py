@@ -26,10 +26,12 @@ class Manager(tokenizer.ProgramTokenizerManager):
         self.program_config = ProgramConfig(ttl=ttl_s)
         self._replies = tokenizer.deque()
         self._num_activities = 0
+        self._ttl_s = ttl_s
         self._ticker = None
         self.asyncio_tasks = set()
         self.sent: list[ProgramControl] = []
         self.num_programs = 0
+        self.present_ttl_s = ttl_s
 
     def auto_create_handle_loop(self) -> None:
         pass
@@ -37,7 +39,8 @@ class Manager(tokenizer.ProgramTokenizerManager):
     def _dispatch_to_scheduler(self, obj: Any) -> None:
         self.sent.append(obj)
         if obj.op in (OPEN, TICK):
-            reply = ProgramReply(ok=True, body={"programs": self.num_programs})
+            body = {"programs": self.num_programs, "ttl_s": self.present_ttl_s}
+            reply = ProgramReply(ok=True, body=body)
             asyncio.get_running_loop().call_soon(self._take_reply, reply)
 
 
@@ -85,6 +88,21 @@ async def test_ticks_end_when_no_program_is_left():
     manager._note_activity()
     await asyncio.wait_for(manager._ticker, 2)
     assert len(manager.sent) > num_ticks
+
+
+async def test_ticks_follow_the_present_ttl(monkeypatch):
+    """A TTL that was changed while serving sets the time between ticks, from the next one on."""
+    waits: list[float] = []
+
+    async def sleep(delay_s: float) -> None:
+        waits.append(delay_s)
+        manager.num_programs = 2 - len(waits)
+
+    manager = Manager(ttl_s=80.0)
+    manager.present_ttl_s = 8.0
+    monkeypatch.setattr(tokenizer, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
+    await manager._tick_until_empty()
+    assert waits == [10.0, 1.0]
 
 
 async def test_ticks_carry_a_clock_that_grows():
