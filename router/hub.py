@@ -254,9 +254,9 @@ class Answer:
         stream = self._stream
         while True:
             if stream.chunks:
-                body = stream.take_body()
-                yield body, stream.is_whole
-                if stream.is_whole:
+                body, is_last = stream.take_body(), stream.is_whole
+                yield body, is_last  # meanwhile more may arrive, the end included
+                if is_last:
                     return
                 self._give_credit(len(body))
             elif stream.error is not None:
@@ -272,7 +272,8 @@ class Answer:
         """Let the worker send as much more, told a quarter of the credit at a time."""
         stream = self._stream
         self._taken_bytes += num_bytes
-        if 4 * self._taken_bytes >= self._hub.config.credit_bytes and stream.error is None:
+        is_over = stream.is_whole or stream.error is not None
+        if 4 * self._taken_bytes >= self._hub.config.credit_bytes and not is_over:
             stream.worker.send(Credit(stream=stream.number, num_bytes=self._taken_bytes))
             self._taken_bytes = 0
 
