@@ -33,7 +33,7 @@ import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
 from autellix_sglang.errors import IdentityError
-from autellix_sglang.identity import PROGRAM_HEADER, TENANT_HEADER, HeaderIdentity
+from autellix_sglang.identity import PROGRAM_HEADER, TENANT_HEADER, HeaderIdentity, parse_id
 from autellix_sglang.router import metrics
 from autellix_sglang.router.balance import BEGINNING_BYTES
 from autellix_sglang.router.everywhere import (
@@ -380,14 +380,21 @@ def _is_inference(path: str) -> bool:
 def _program_id(path: str, headers: Headers, body: bytes) -> str | None:
     """The program that a request belongs to, by the precedence of `identity`, or is about.
 
-    A malformed id is left for the replica to answer.
+    None for a malformed id, which is left for the replica to answer: nothing of any size gets
+    into our tables or a worker's.
     """
-    if path.startswith(PROGRAMS_PATH + "/"):
-        return path[len(PROGRAMS_PATH) + 1 :]
     try:
-        header = HeaderIdentity.from_headers(headers)
+        named = _named(path, headers, body)
+        return None if named is None else parse_id("program", named)
     except IdentityError:
         return None
+
+
+def _named(path: str, headers: Headers, body: bytes) -> str | None:
+    """The id as it is given; raises `IdentityError` for a malformed header."""
+    if path.startswith(PROGRAMS_PATH + "/"):
+        return path[len(PROGRAMS_PATH) + 1 :]
+    header = HeaderIdentity.from_headers(headers)
     if path == PROGRAMS_PATH:
         return _text(_ids(body).id) or header.program_id
     if header.program_id is not None or not _may_name_program(body):

@@ -149,11 +149,29 @@ def body_of(**fields) -> bytes:
         ([], body_of(session_id="s"), "s"),
         ([], body_of(session_id=7), None),
         ([(b"x-program-id", b"")], body_of(session_id="s"), None),
+        ([], body_of(session_id="s" * 257), None),
+        ([], body_of(session_id="line\nbreak"), None),
+        ([], body_of(custom_params={"program_id": "b" * 257}), None),
     ],
 )
 def test_program_of_a_request_follows_the_order_of_identity(headers, body, expected):
     """The router finds the id that the replica will find; a malformed one is the replica's."""
     assert _program_id("/generate", headers, body) == expected
+
+
+async def test_malformed_id_enters_no_table(rig):
+    """However long an id in a body is, router and worker remember nothing of it."""
+    client = await rig.route()
+    await rig.join("a")
+    long = "x" * 100_000
+    for path, body in (
+        ("/generate", {"session_id": long}),
+        ("/generate", {"custom_params": {"program_id": long}}),
+        ("/v1/programs", {"id": long}),
+    ):
+        await client.post(path, json=body)
+    keys = [*rig.hub.programs._programs, *rig.agents["a"]._programs]
+    assert max(map(len, keys), default=0) < 100
 
 
 def test_length_is_the_callers_or_from_the_body():
