@@ -331,6 +331,7 @@ class Hub:
         )
         deadline_s = self.clock() + timeout_s
         tried: set[str] = set()
+        num_lost = 0
         while True:
             worker, choice, call = await self._choose(request, tried, deadline_s)
             stream = self._send(request, worker, choice, call, deadline_s)
@@ -342,7 +343,8 @@ class Hub:
                 return Answer(self, stream)
             except WorkerLostError:
                 tried.add(worker.id)
-                if not request.can_retry or len(tried) > self.config.retries:
+                num_lost += 1  # a worker that joined anew may have been lost before
+                if not request.can_retry or num_lost > self.config.retries:
                     raise
                 self.num_retries += 1
             except BaseException:

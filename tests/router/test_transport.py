@@ -209,6 +209,18 @@ async def test_worker_lost_before_the_first_byte_is_replaced(rig):
     assert again.json()["worker"] == other
 
 
+async def test_call_that_kills_every_worker_is_given_up(rig):
+    """A call is tried `retries` times more, also where the only worker comes back each time."""
+    client = await rig.route(retries=2, worker_wait_s=10.0)
+    await rig.join("a")
+    call = asyncio.create_task(client.post("/generate", json={"hold_at": 0}))
+    for num_tries in range(1, 4):
+        await rig.until(lambda n=num_tries: len(rig.replicas["a"].bodies) == n)
+        rig.hub._lose(rig.hub.workers["a"], "poison")
+    assert (await call).status_code == 502
+    assert rig.hub.num_retries == 2
+
+
 async def test_worker_lost_in_mid_stream_is_an_error_event(rig):
     """After the first byte nothing is repeated: the stream ends with an explicit error."""
     client = await rig.route()
