@@ -336,8 +336,11 @@ class _Link:
     async def _run(self, stream: _Stream) -> None:
         started_s = self.agent.clock()
         await stream.run()
-        is_whole = self._streams.pop(stream.call.stream, None) is stream
-        if is_whole and stream.call.num_tokens:
+        number = stream.call.stream
+        if self._streams.get(number) is not stream:  # it was cancelled
+            return  # a restarted router counts from 1 again: the number may be another call's
+        del self._streams[number]
+        if stream.call.num_tokens:
             self.agent.note_end(self.agent.clock() - started_s, self.num_slots)
 
 
