@@ -201,8 +201,10 @@ class Channel:
                 self._send(address, frames)
             except zmq.Again:
                 return False
-            except zmq.ZMQError as error:  # no such peer: its session will time out
+            except zmq.ZMQError as error:
+                # No such peer: should it dial again within its session, it shall see the gap.
                 logger.debug("could not send to a peer: %s", error)
+                outbox.next_number += 1
                 outbox.batches.clear()
                 break
             outbox.next_number += 1

@@ -209,9 +209,26 @@ async def test_worker_lost_before_the_first_byte_is_replaced(rig):
     assert again.json()["worker"] == other
 
 
+async def test_call_lost_in_a_short_break_of_the_link_is_sent_again(rig, monkeypatch):
+    """A worker that was unreachable for a moment sees that frames are missing, and joins anew."""
+    client = await rig.route(worker_wait_s=10.0, timeout_s=60.0)
+    await rig.join("a")
+    send = rig.hub.channel._send
+
+    def break_off(address, frames):
+        if b"/generate" in frames[-1]:
+            monkeypatch.setattr(rig.hub.channel, "_send", send)
+            raise zmq.ZMQError(zmq.EHOSTUNREACH)
+        send(address, frames)
+
+    monkeypatch.setattr(rig.hub.channel, "_send", break_off)
+    assert (await client.post("/generate", json={})).json()["worker"] == "a"
+    assert rig.hub.num_retries == 1
+
+
 async def test_call_that_kills_every_worker_is_given_up(rig):
     """A call is tried `retries` times more, also where the only worker comes back each time."""
-    client = await rig.route(retries=2, worker_wait_s=10.0)
+    client = await rig.route(retries=2, worker_wait_s=10.0, timeout_s=60.0)
     await rig.join("a")
     call = asyncio.create_task(client.post("/generate", json={"hold_at": 0}))
     for num_tries in range(1, 4):
