@@ -169,6 +169,7 @@ class RemoteWorker:
         self.id = register.worker
         self.url = register.url
         self.address = address
+        self.displaced: set[bytes] = set()  # addresses of others that had its name before
         self.outbox = Outbox(session)
         self.next_number = 0
         self.heard_s = hub.clock()
@@ -490,6 +491,10 @@ class Hub:
             return
         worker = self._by_address.get(address)
         if messages and isinstance(messages[0], Register) and number == 0:
+            holder = self.workers.get(messages[0].worker)
+            if holder is not None and address in holder.displaced:
+                self._refuse(address, holder.id)
+                return
             worker = self._register(address, session, messages[0])
         if worker is None or worker.outbox.session != session:
             self.channel.send_frames(address, [REJOIN])
@@ -504,12 +509,13 @@ class Hub:
 
     def _register(self, address: bytes, session: int, register: Register) -> RemoteWorker:
         earlier = self.workers.get(register.worker)
+        worker = RemoteWorker(self, address, session, register)
         if earlier is not None:
             self._lose(earlier, "it joined anew")
+            worker.displaced = earlier.displaced
             if earlier.address != address:  # it may still be there
-                reason = f"another process joined as {register.worker!r}"
-                self.channel.send_frames(earlier.address, [REFUSED, reason.encode()])
-        worker = RemoteWorker(self, address, session, register)
+                worker.displaced.add(earlier.address)
+                self._refuse(earlier.address, earlier.id)
         self.workers[worker.id] = self._by_address[address] = worker
         self._learn(worker, register.programs)
         worker.send(Welcome(heartbeat_s=self.config.heartbeat_s, timeout_s=self.config.timeout_s))
@@ -518,6 +524,11 @@ class Hub:
             worker.id, len(register.programs), worker.url or "no url",
         )  # fmt: skip
         return worker
+
+    def _refuse(self, address: bytes, name: str) -> None:
+        """Another process has the name, and keeps it while it is there."""
+        reason = f"another process joined as {name!r}"
+        self.channel.send_frames(address, [REFUSED, reason.encode()])
 
     def _lose(self, worker: RemoteWorker, reason: str) -> None:
         """End a worker's session: its streams fail, its programs live elsewhere."""

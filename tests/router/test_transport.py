@@ -414,6 +414,22 @@ async def test_later_process_of_the_same_name_wins(rig, caplog):
     assert sum("another process joined as 'a'" in r.message for r in caplog.records) == 1
 
 
+async def test_earlier_process_of_the_same_name_may_return_when_the_later_is_gone(
+    rig, caplog, monkeypatch
+):
+    """It asks again and again, and displaces nobody; the name is free when its holder is lost."""
+    monkeypatch.setattr(worker, "REFUSED_S", 0.1)
+    caplog.set_level(logging.INFO)
+    await rig.route()
+    await rig.join("a")
+    earlier = rig.agents["a"]
+    await rig.join("a")
+    await asyncio.sleep(1.0)
+    assert sum("joined with" in r.getMessage() for r in caplog.records) == 2
+    await rig.kill("a")
+    await rig.until(lambda: earlier._links[0]._welcome is not None)
+
+
 # -- strangers -----------------------------------------------------------------------------------
 
 
