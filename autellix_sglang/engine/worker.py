@@ -225,17 +225,23 @@ class _Link:
 
     async def _beat(self) -> None:
         while True:
-            now_s = self.agent.clock()
-            if self._welcome is not None and now_s - self._heard_s > self._welcome.timeout_s:
-                logger.warning("no word from the router at %s, joining anew", self._endpoint)
-                self._end_session()
-            if self._welcome is not None:
-                report = await self.agent.report(self)
-                self.num_slots = report.num_slots
-                self.send(self._outbox.session, report)
-            elif now_s >= self._next_join_s and not self._is_leaving:
-                self._join(now_s)
+            try:
+                await self._beat_once()
+            except Exception as error:  # keys that are being changed, no descriptor to be had
+                self._quiet.warning("beat", f"could not work for {self._endpoint}: {error}")
             await asyncio.sleep(self._welcome.heartbeat_s if self._welcome else JOIN_S / 10)
+
+    async def _beat_once(self) -> None:
+        now_s = self.agent.clock()
+        if self._welcome is not None and now_s - self._heard_s > self._welcome.timeout_s:
+            logger.warning("no word from the router at %s, joining anew", self._endpoint)
+            self._end_session()
+        if self._welcome is not None:
+            report = await self.agent.report(self)
+            self.num_slots = report.num_slots
+            self.send(self._outbox.session, report)
+        elif now_s >= self._next_join_s and not self._is_leaving:
+            self._join(now_s)
 
     def _connect(self) -> Channel:
         return Channel(self._redial(), Codec(FROM_ROUTER), self._take_frames)

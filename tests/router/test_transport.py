@@ -327,6 +327,24 @@ async def test_worker_joins_once_however_long_the_router_was_away(rig, caplog, m
     assert len([r for r in caplog.records if "joined with" in r.getMessage()]) <= 2
 
 
+async def test_worker_that_cannot_dial_for_a_while_tries_again(rig, caplog, monkeypatch):
+    """Keys that are gone for a moment, or no descriptors, do not end a worker's attempts."""
+    monkeypatch.setattr(worker, "JOIN_S", 0.05)
+    rig.replicas["a"] = Replica("a")
+    await rig.work("a", (rig.endpoint,))
+    (link,) = rig.agents["a"]._links
+    redial = link._redial
+
+    def fail():
+        raise ConfigError("keys", "worker.key_secret: no such file")
+
+    link._redial = fail
+    await rig.until(lambda: any("no such file" in r.message for r in caplog.records))
+    link._redial = redial
+    await rig.route()
+    await rig.until(lambda: rig.is_ready("a"))
+
+
 async def test_restart_of_the_router_loses_no_worker_and_no_home(rig):
     """Workers find a new router by themselves and tell it where programs were last."""
     client = await rig.route()
