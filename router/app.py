@@ -44,8 +44,16 @@ from autellix_sglang.router.everywhere import (
     best,
     merge_programs,
     next_pages,
+    worst,
 )
-from autellix_sglang.router.hub import Answer, Hub, NoWorkerError, Request, RouterError
+from autellix_sglang.router.hub import (
+    Answer,
+    Hub,
+    NoWorkerError,
+    Request,
+    RouterError,
+    WorkerLostError,
+)
 from autellix_sglang.router.messages import Headers
 
 logger = logging.getLogger(__name__)
@@ -199,7 +207,7 @@ class RouterApp:
             if merge is None:
                 await self._forward_one(request, receive, send)
             else:
-                await _send_reply(send, merge(await self._ask(requests)))
+                await _send_reply(send, merge(await self._ask(requests, merge)))
         finally:
             body.release()
             hub.num_open -= 1
@@ -305,11 +313,28 @@ class RouterApp:
             if worker in self.hub.workers
         ]
 
-    async def _ask(self, requests: Sequence[Request]) -> list[Reply]:
-        """The workers' answers; raises `RouterError` if there is none to ask or one has none."""
-        if not requests:
+    async def _ask(self, requests: Sequence[Request], merge: Merge) -> list[Reply]:
+        """The workers' answers; raises `RouterError` if there is none to ask or one has none.
+
+        What all have to do (`worst`) all have to answer; of the rest, lost workers are left out.
+        """
+        requests = [_plain(request) for request in requests]
+        if merge is worst:
+            found = list(await asyncio.gather(*map(self._ask_one, requests)))
+        else:
+            maybe = await asyncio.gather(*map(self._ask_if_there, requests))
+            found = [reply for reply in maybe if reply is not None]
+        if not found:
             raise NoWorkerError("no worker is there")
-        return list(await asyncio.gather(*map(self._ask_one, requests)))
+        return found
+
+    async def _ask_if_there(self, request: Request) -> Reply | None:
+        try:
+            return await self._ask_one(dataclasses.replace(request, can_retry=False))
+        except (WorkerLostError, NoWorkerError) as error:
+            what = f"{request.method} {request.path}"
+            logger.warning("%s leaves out worker %r: %s", what, request.worker, error)
+            return None
 
     async def _ask_one(self, request: Request) -> Reply:
         answer = await self.hub.open(request)
@@ -366,6 +391,12 @@ class _BadCursorError(RouterError):
 
 
 # -- what a request says -------------------------------------------------------------------------
+
+
+def _plain(request: Request) -> Request:
+    """The same, for an answer that we read: not compressed."""
+    headers = [(k, v) for k, v in request.headers if k != b"accept-encoding"]
+    return dataclasses.replace(request, headers=headers)
 
 
 def _one_each(request: Request, workers: Iterable[str]) -> list[Request]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 
 import pytest
@@ -259,6 +260,27 @@ def test_metrics_are_labelled_and_each_family_is_in_one_piece():
         'y{worker="w1"} 3',
         'y{worker="w\\"2"} 3',
     ]
+
+
+async def test_metrics_are_merged_for_a_client_that_takes_gzip(rig):
+    """What is merged is asked for uncompressed, whatever the client can read."""
+    client = await rig.route()
+    await rig.join("a", "b")
+    answer = await client.get("/metrics", headers={"accept-encoding": "gzip"})
+    assert answer.status_code == 200
+    assert _samples(answer.text) == {("x", "a"): 1, ("x", "b"): 1}
+
+
+async def test_lost_worker_is_left_out_of_what_is_only_read(rig, caplog):
+    """Metrics come from those who are there, and the log says who is missing."""
+    client = await rig.route()
+    await rig.join("a", "b")
+    call = asyncio.create_task(client.get("/metrics?hold"))
+    await rig.until(lambda: all(replica.seen for replica in rig.replicas.values()))
+    rig.hub._lose(rig.hub.workers["b"], "it is gone")
+    rig.replicas["a"].hold.set()
+    assert _samples((await call).text) == {("x", "a"): 1}
+    assert any("leaves out worker 'b'" in record.getMessage() for record in caplog.records)
 
 
 def test_best_and_worst():
