@@ -172,11 +172,12 @@ class RouterApp:
                 await _send_json(send, HTTPStatus.NOT_FOUND, {"detail": "Not Found"})
 
     def _is_admin(self, scope: Scope) -> bool:
-        """Who has the admin key; without one, who is on this machine."""
+        """Who has the admin key; without one, who is on this machine and speaks for itself."""
         key = self.hub.config.admin_key
         if not key:
             client = scope.get("client")
-            return client is not None and _is_loopback(client[0])
+            is_here = client is not None and _is_loopback(client[0])
+            return is_here and not _is_for_another(scope["headers"])
         given = dict(scope["headers"]).get(b"authorization", b"")
         return secrets.compare_digest(given, f"Bearer {key}".encode())
 
@@ -482,6 +483,11 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _is_for_another(headers: Headers) -> bool:
+    """Whether a proxy passes this on, or a browser sends it for some page."""
+    return any(k in (b"origin", b"forwarded") or k.startswith(b"x-forwarded-") for k, _ in headers)
 
 
 def _seconds(value: bytes | None) -> float | None:

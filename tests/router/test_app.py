@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 pytest.importorskip("zmq")
 
+import uvicorn
+
 from autellix_sglang.errors import ConfigError
 from autellix_sglang.router import everywhere
+from autellix_sglang.router.__main__ import serve
 from autellix_sglang.router.app import RouterApp, _beginnings, _num_tokens, _program_id
 from autellix_sglang.router.config import (
     RouterConfig,
@@ -99,6 +103,35 @@ async def test_draining_needs_the_admin_key(rig):
     far = RouterApp(Hub(RouterConfig()))
     assert not far._is_admin({"client": ("10.0.0.1", 5), "headers": []})
     assert far._is_admin({"client": ("::1", 5), "headers": []})
+
+
+@pytest.mark.parametrize("header", ["origin", "forwarded", "x-forwarded-for", "x-forwarded-host"])
+async def test_draining_without_a_key_is_not_for_those_behind_a_proxy(rig, header):
+    """A request that a proxy or a browser on this machine passes on is not this machine's."""
+    client = await rig.route()
+    await rig.join("a")
+    answer = await client.post("/workers/a/drain", headers={header: "127.0.0.1"})
+    assert answer.status_code == 403
+    assert not rig.hub.workers["a"].is_draining
+
+
+def test_no_header_says_where_a_client_is(monkeypatch):
+    """The server takes a client's address from its connection only."""
+    seen = []
+
+    class Server:
+        started = True
+
+        def __init__(self, config):
+            seen.append(config)
+
+        def run(self, sockets):
+            sockets[0].close()
+
+    monkeypatch.setattr(uvicorn, "Server", Server)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert serve(Hub(RouterConfig(port=0))) == 0
+    assert not seen[0].proxy_headers
 
 
 # -- programs ------------------------------------------------------------------------------------
