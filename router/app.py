@@ -260,8 +260,9 @@ class RouterApp:
         if body or method in ("POST", "PUT", "PATCH"):
             headers.append((b"content-length", str(len(body)).encode()))
         is_inference = method == "POST" and _is_inference(path)
+        is_opening = method == "POST" and path == PROGRAMS_PATH
         program_id = _program_id(path, headers, body)
-        if program_id is None and method == "POST" and path == PROGRAMS_PATH:
+        if program_id is None and is_opening:
             # Named here, so that the program's calls find the worker that knows it.
             program_id = self._new_id()
             headers.append((PROGRAM_HEADER.encode(), program_id.encode()))
@@ -274,7 +275,7 @@ class RouterApp:
             body=body,
             client=tuple(scope["client"]) if scope.get("client") else None,
             program=None if program_id is None else _key(program_id, found),
-            num_tokens=_num_tokens(found, body) if is_inference or path == PROGRAMS_PATH else 0,
+            num_tokens=_num_tokens(found, body) if is_inference or is_opening else 0,
             beginnings=_beginnings(body) if is_inference else (),
             worker=found[WORKER_HEADER].decode("latin-1") if WORKER_HEADER in found else None,
             can_retry=is_inference or method != "POST",

@@ -67,6 +67,7 @@ JOIN_S: Final = 1.0  # between attempts to register
 REFUSED_S: Final = 30.0  # and after a refusal, which somebody has to see to
 RATE_TOKENS: Final = 10_000  # prefilled before the rate is told: first batches are slow
 SMOOTHING: Final = 0.02  # weight of the latest call in the mean time per call
+PROGRAMS_PATH: Final = "/v1/programs"  # opening a program takes no slot
 ASGI: Final = {"version": "3.0", "spec_version": "2.3"}  # uvicorn's
 
 Probe = Callable[[], Awaitable[Report]]
@@ -346,7 +347,7 @@ class _Link:
         if self._streams.get(number) is not stream:  # it was cancelled
             return  # a restarted router counts from 1 again: the number may be another call's
         del self._streams[number]
-        if stream.call.num_tokens:
+        if stream.call.num_tokens and stream.call.path != PROGRAMS_PATH:
             self.agent.note_end(self.agent.clock() - started_s, self.num_slots)
 
 

@@ -98,6 +98,18 @@ async def test_program_stays_on_its_worker(rig):
     assert len(set(workers.values())) > 1
 
 
+async def test_opening_and_listing_programs_does_not_count_as_calls(rig):
+    """A worker's mean time per call is of calls that had a slot."""
+    client = await rig.route()
+    await rig.join("a")
+    await client.post("/v1/programs", json={"id": "p"})
+    await client.get("/v1/programs", headers={"x-router-worker": "a"})
+    await rig.until(lambda: rig.num_streams == 0)
+    assert rig.agents["a"].call_s == 0
+    await client.post("/generate", json={})
+    await rig.until(lambda: rig.agents["a"].call_s > 0)
+
+
 async def test_tenants_do_not_share_a_program(rig):
     """The same id under two API keys is two programs."""
     client = await rig.route()
