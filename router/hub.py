@@ -490,7 +490,8 @@ class Hub:
             self._quiet.warning("garbage", f"ignored {error}")
             return
         worker = self._by_address.get(address)
-        if messages and isinstance(messages[0], Register) and number == 0:
+        is_over = address.startswith(b"\0")  # a worker that dialled anew: ZMQ renamed the old link
+        if messages and isinstance(messages[0], Register) and number == 0 and not is_over:
             holder = self.workers.get(messages[0].worker)
             if holder is not None and address in holder.displaced:
                 self._refuse(address, holder.id)

@@ -460,6 +460,16 @@ async def test_earlier_process_of_the_same_name_may_return_when_the_later_is_gon
     await rig.until(lambda: earlier._links[0]._welcome is not None)
 
 
+async def test_what_a_replaced_connection_still_says_displaces_nobody(rig):
+    """A worker that dials anew is not thrown out by its own earlier attempt to join."""
+    await rig.route()
+    await rig.join("a")
+    address = rig.hub.workers["a"].address
+    late = Codec(FROM_ROUTER).encode(9, 0, [Register(worker="a")])
+    rig.hub._take_frames(b"\0\0\0\0\1", late)
+    assert rig.hub.workers["a"].address == address
+
+
 # -- strangers -----------------------------------------------------------------------------------
 
 
