@@ -62,6 +62,7 @@ BYTES_PER_TOKEN: Final = 4  # of a request body, about
 WORKER_HEADER: Final = b"x-router-worker"
 TOKENS_HEADER: Final = b"x-prompt-tokens"
 TIMEOUT_HEADER: Final = b"x-request-timeout-s"
+END_S: Final = 5.0  # after its deadline, for a call to end in order with a client that reads
 RETRY_AFTER_S: Final = b"1"
 PROGRAMS_PATH: Final = "/v1/programs"
 OWN_PATHS: Final = frozenset({"/health", "/workers", "/router_metrics"})
@@ -205,22 +206,28 @@ class RouterApp:
             await body.read(receive)
             request = self._request(scope, body.data)
             requests, merge = self._everywhere(request)
-            if merge is None:
-                await self._forward_one(request, receive, send)
-            else:
-                await _send_reply(send, merge(await self._ask(requests, merge)))
+            # The hub keeps the deadline; past it only a client that takes nothing is waited for.
+            async with asyncio.timeout(hub.timeout_s(request) + END_S):
+                if merge is None:
+                    await self._forward_one(request, body, receive, send)
+                else:
+                    await _send_reply(send, merge(await self._ask(requests, merge)))
+        except TimeoutError:
+            raise ConnectionAbortedError("the client takes nothing of its answer") from None
         finally:
             body.release()
             hub.num_open -= 1
 
-    async def _forward_one(self, request: Request, receive: Receive, send: Send) -> None:
+    async def _forward_one(
+        self, request: Request, body: _Body, receive: Receive, send: Send
+    ) -> None:
         """Relay the answer in this task, and stop when the client goes away."""
         relaying = asyncio.current_task()
         assert relaying is not None
         gone = asyncio.create_task(_disconnection(receive))
         gone.add_done_callback(lambda task: task.cancelled() or relaying.cancel())
         try:
-            await self._relay(request, send)
+            await self._relay(request, body, send)
         except asyncio.CancelledError:
             if not gone.done():
                 raise
@@ -229,8 +236,9 @@ class RouterApp:
         finally:
             gone.cancel()
 
-    async def _relay(self, request: Request, send: Send) -> None:
+    async def _relay(self, request: Request, body: _Body, send: Send) -> None:
         answer = await self.hub.open(request)
+        body.release()
         try:
             await send(_start(answer))
             async with aclosing(answer.pieces()) as pieces:
@@ -358,7 +366,14 @@ class _Body:
         self._held_bytes = 0
 
     async def read(self, receive: Receive) -> None:
-        """Read it whole; raises `RouterError` if it is too large, `_Disconnected`."""
+        """Read it whole; raises `RouterError` if it is too large or late, `_Disconnected`."""
+        try:
+            async with asyncio.timeout(self._hub.config.request_timeout_s):
+                self.data = await self._read(receive)
+        except TimeoutError:
+            raise _LateBodyError("the request's body did not arrive in time") from None
+
+    async def _read(self, receive: Receive) -> bytes:
         parts: list[bytes] = []
         is_more = True
         while is_more:
@@ -368,7 +383,7 @@ class _Body:
             parts.append(message.get("body", b""))
             self._hold(len(parts[-1]))
             is_more = message.get("more_body", False)
-        self.data = parts[0] if len(parts) == 1 else b"".join(parts)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _hold(self, num_bytes: int) -> None:
         hub = self._hub
@@ -380,12 +395,18 @@ class _Body:
             raise NoWorkerError("the router holds as many request bodies as it may")
 
     def release(self) -> None:
+        """Hold it no longer, now or at the latest when the call has ended."""
+        self.data = b""
         self._hub.num_buffered_bytes -= self._held_bytes
         self._held_bytes = 0
 
 
 class _TooLargeError(RouterError):
     status = 413
+
+
+class _LateBodyError(RouterError):
+    status = 408
 
 
 class _BadCursorError(RouterError):

@@ -102,9 +102,12 @@ class State(Enum):
     LEAVING = "leaving"  # the same, by its own wish
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Request:
-    """What a client asks, and what placement needs to know of it."""
+    """What a client asks, and what placement needs to know of it.
+
+    Its body is dropped when the answer begins: from then on nothing is sent again.
+    """
 
     method: str
     path: str
@@ -327,10 +330,7 @@ class Hub:
 
         A worker that is lost before that is replaced by another, `config.retries` times.
         """
-        timeout_s = min(
-            request.timeout_s or self.config.request_timeout_s, self.config.request_timeout_s
-        )
-        deadline_s = self.clock() + timeout_s
+        deadline_s = self.clock() + self.timeout_s(request)
         tried: set[str] = set()
         num_lost = 0
         while True:
@@ -341,6 +341,7 @@ class Hub:
                     if stream.error is not None:
                         raise stream.error
                     await stream.news()
+                request.body = b""
                 return Answer(self, stream)
             except WorkerLostError:
                 tried.add(worker.id)
@@ -351,6 +352,11 @@ class Hub:
             except BaseException:
                 self.close_stream(stream)
                 raise
+
+    def timeout_s(self, request: Request) -> float:
+        """How long a call may take: as long as it says, and not longer than we let any."""
+        limit_s = self.config.request_timeout_s
+        return min(request.timeout_s or limit_s, limit_s)
 
     def _expire(self, stream: _Stream) -> None:
         self.close_stream(stream, DeadlineError("the call did not end before its deadline"))

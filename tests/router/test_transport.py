@@ -17,6 +17,7 @@ import zmq
 
 from autellix_sglang.engine import worker
 from autellix_sglang.errors import ConfigError
+from autellix_sglang.router import app
 from autellix_sglang.router.__main__ import listen
 from autellix_sglang.router.channel import HELLO, NUMBERS, REFUSED, Codec, make_keys
 from autellix_sglang.router.config import RouterConfig
@@ -197,6 +198,39 @@ async def test_overload_is_refused_and_bounded(rig):
     assert [(await call).status_code for call in held] == [200, 200]
     assert (await client.post("/generate", content=bytes(2000))).status_code == 413
     await rig.until(lambda: rig.num_streams == rig.hub.num_buffered_bytes == 0)
+
+
+async def test_body_that_never_ends_is_given_up(rig):
+    """A client that stops in the middle of its request is told so, and nothing of it is held."""
+    await rig.route(request_timeout_s=0.3)
+    reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+    writer.write(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+    assert b" 408 " in await asyncio.wait_for(reader.readline(), 10)
+    writer.close()
+    await rig.until(lambda: rig.num_streams == rig.hub.num_buffered_bytes == 0)
+
+
+async def test_client_that_reads_nothing_is_given_up(rig, monkeypatch):
+    """A little after its deadline a call is over, though its client is still connected."""
+    monkeypatch.setattr(app, "END_S", 0.2)
+    await rig.route(credit_bytes=100_000)
+    await rig.join("a")
+    reader = socket.create_connection(("127.0.0.1", rig.port))
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    reader.sendall(b"GET /flood HTTP/1.1\r\nHost: x\r\nx-request-timeout-s: 0.5\r\n\r\n")
+    await rig.until(lambda: rig.replicas["a"].num_sent_bytes > 0)
+    await rig.until(lambda: rig.num_streams == 0)
+    reader.close()
+
+
+async def test_body_is_held_until_the_answer_begins(rig):
+    """While a stream runs, its request counts no more against what the router may hold."""
+    client = await rig.route()
+    await rig.join("a")
+    async with streaming(client, n=2, hold_at=1):
+        assert (rig.hub.num_open, rig.hub.num_buffered_bytes) == (1, 0)
+        (stream,) = rig.hub.workers["a"].streams.values()
+        assert stream.request.body == b""
 
 
 # -- failures ------------------------------------------------------------------------------------
