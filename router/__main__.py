@@ -88,6 +88,7 @@ def serve(hub: Hub, fleet: Service | None = None) -> int:
             access_log=False,
             log_level="warning",
             lifespan="on",
+            proxy_headers=False,  # who is on this machine may drain: no header shall claim that
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=max(1, round(config.stop_s)),
         )

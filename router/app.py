@@ -33,7 +33,7 @@ import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
 from autellix_sglang.errors import IdentityError
-from autellix_sglang.identity import PROGRAM_HEADER, TENANT_HEADER, HeaderIdentity
+from autellix_sglang.identity import PROGRAM_HEADER, TENANT_HEADER, HeaderIdentity, parse_id
 from autellix_sglang.router import metrics
 from autellix_sglang.router.balance import BEGINNING_BYTES
 from autellix_sglang.router.everywhere import (
@@ -44,8 +44,16 @@ from autellix_sglang.router.everywhere import (
     best,
     merge_programs,
     next_pages,
+    worst,
 )
-from autellix_sglang.router.hub import Answer, Hub, NoWorkerError, Request, RouterError
+from autellix_sglang.router.hub import (
+    Answer,
+    Hub,
+    NoWorkerError,
+    Request,
+    RouterError,
+    WorkerLostError,
+)
 from autellix_sglang.router.messages import Headers
 
 logger = logging.getLogger(__name__)
@@ -54,6 +62,7 @@ BYTES_PER_TOKEN: Final = 4  # of a request body, about
 WORKER_HEADER: Final = b"x-router-worker"
 TOKENS_HEADER: Final = b"x-prompt-tokens"
 TIMEOUT_HEADER: Final = b"x-request-timeout-s"
+END_S: Final = 5.0  # after its deadline, for a call to end in order with a client that reads
 RETRY_AFTER_S: Final = b"1"
 PROGRAMS_PATH: Final = "/v1/programs"
 OWN_PATHS: Final = frozenset({"/health", "/workers", "/router_metrics"})
@@ -164,11 +173,12 @@ class RouterApp:
                 await _send_json(send, HTTPStatus.NOT_FOUND, {"detail": "Not Found"})
 
     def _is_admin(self, scope: Scope) -> bool:
-        """Who has the admin key; without one, who is on this machine."""
+        """Who has the admin key; without one, who is on this machine and speaks for itself."""
         key = self.hub.config.admin_key
         if not key:
             client = scope.get("client")
-            return client is not None and _is_loopback(client[0])
+            is_here = client is not None and _is_loopback(client[0])
+            return is_here and not _is_for_another(scope["headers"])
         given = dict(scope["headers"]).get(b"authorization", b"")
         return secrets.compare_digest(given, f"Bearer {key}".encode())
 
@@ -196,22 +206,28 @@ class RouterApp:
             await body.read(receive)
             request = self._request(scope, body.data)
             requests, merge = self._everywhere(request)
-            if merge is None:
-                await self._forward_one(request, receive, send)
-            else:
-                await _send_reply(send, merge(await self._ask(requests)))
+            # The hub keeps the deadline; past it only a client that takes nothing is waited for.
+            async with asyncio.timeout(hub.timeout_s(request) + END_S):
+                if merge is None:
+                    await self._forward_one(request, body, receive, send)
+                else:
+                    await _send_reply(send, merge(await self._ask(requests, merge)))
+        except TimeoutError:
+            raise ConnectionAbortedError("the client takes nothing of its answer") from None
         finally:
             body.release()
             hub.num_open -= 1
 
-    async def _forward_one(self, request: Request, receive: Receive, send: Send) -> None:
+    async def _forward_one(
+        self, request: Request, body: _Body, receive: Receive, send: Send
+    ) -> None:
         """Relay the answer in this task, and stop when the client goes away."""
         relaying = asyncio.current_task()
         assert relaying is not None
         gone = asyncio.create_task(_disconnection(receive))
         gone.add_done_callback(lambda task: task.cancelled() or relaying.cancel())
         try:
-            await self._relay(request, send)
+            await self._relay(request, body, send)
         except asyncio.CancelledError:
             if not gone.done():
                 raise
@@ -220,8 +236,9 @@ class RouterApp:
         finally:
             gone.cancel()
 
-    async def _relay(self, request: Request, send: Send) -> None:
+    async def _relay(self, request: Request, body: _Body, send: Send) -> None:
         answer = await self.hub.open(request)
+        body.release()
         try:
             await send(_start(answer))
             async with aclosing(answer.pieces()) as pieces:
@@ -251,8 +268,9 @@ class RouterApp:
         if body or method in ("POST", "PUT", "PATCH"):
             headers.append((b"content-length", str(len(body)).encode()))
         is_inference = method == "POST" and _is_inference(path)
+        is_opening = method == "POST" and path == PROGRAMS_PATH
         program_id = _program_id(path, headers, body)
-        if program_id is None and method == "POST" and path == PROGRAMS_PATH:
+        if program_id is None and is_opening:
             # Named here, so that the program's calls find the worker that knows it.
             program_id = self._new_id()
             headers.append((PROGRAM_HEADER.encode(), program_id.encode()))
@@ -265,7 +283,7 @@ class RouterApp:
             body=body,
             client=tuple(scope["client"]) if scope.get("client") else None,
             program=None if program_id is None else _key(program_id, found),
-            num_tokens=_num_tokens(found, body) if is_inference or path == PROGRAMS_PATH else 0,
+            num_tokens=_num_tokens(found, body) if is_inference or is_opening else 0,
             beginnings=_beginnings(body) if is_inference else (),
             worker=found[WORKER_HEADER].decode("latin-1") if WORKER_HEADER in found else None,
             can_retry=is_inference or method != "POST",
@@ -305,11 +323,28 @@ class RouterApp:
             if worker in self.hub.workers
         ]
 
-    async def _ask(self, requests: Sequence[Request]) -> list[Reply]:
-        """The workers' answers; raises `RouterError` if there is none to ask or one has none."""
-        if not requests:
+    async def _ask(self, requests: Sequence[Request], merge: Merge) -> list[Reply]:
+        """The workers' answers; raises `RouterError` if there is none to ask or one has none.
+
+        What all have to do (`worst`) all have to answer; of the rest, lost workers are left out.
+        """
+        requests = [_plain(request) for request in requests]
+        if merge is worst:
+            found = list(await asyncio.gather(*map(self._ask_one, requests)))
+        else:
+            maybe = await asyncio.gather(*map(self._ask_if_there, requests))
+            found = [reply for reply in maybe if reply is not None]
+        if not found:
             raise NoWorkerError("no worker is there")
-        return list(await asyncio.gather(*map(self._ask_one, requests)))
+        return found
+
+    async def _ask_if_there(self, request: Request) -> Reply | None:
+        try:
+            return await self._ask_one(dataclasses.replace(request, can_retry=False))
+        except (WorkerLostError, NoWorkerError) as error:
+            what = f"{request.method} {request.path}"
+            logger.warning("%s leaves out worker %r: %s", what, request.worker, error)
+            return None
 
     async def _ask_one(self, request: Request) -> Reply:
         answer = await self.hub.open(request)
@@ -331,7 +366,14 @@ class _Body:
         self._held_bytes = 0
 
     async def read(self, receive: Receive) -> None:
-        """Read it whole; raises `RouterError` if it is too large, `_Disconnected`."""
+        """Read it whole; raises `RouterError` if it is too large or late, `_Disconnected`."""
+        try:
+            async with asyncio.timeout(self._hub.config.request_timeout_s):
+                self.data = await self._read(receive)
+        except TimeoutError:
+            raise _LateBodyError("the request's body did not arrive in time") from None
+
+    async def _read(self, receive: Receive) -> bytes:
         parts: list[bytes] = []
         is_more = True
         while is_more:
@@ -341,7 +383,7 @@ class _Body:
             parts.append(message.get("body", b""))
             self._hold(len(parts[-1]))
             is_more = message.get("more_body", False)
-        self.data = parts[0] if len(parts) == 1 else b"".join(parts)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _hold(self, num_bytes: int) -> None:
         hub = self._hub
@@ -353,6 +395,8 @@ class _Body:
             raise NoWorkerError("the router holds as many request bodies as it may")
 
     def release(self) -> None:
+        """Hold it no longer, now or at the latest when the call has ended."""
+        self.data = b""
         self._hub.num_buffered_bytes -= self._held_bytes
         self._held_bytes = 0
 
@@ -361,11 +405,21 @@ class _TooLargeError(RouterError):
     status = 413
 
 
+class _LateBodyError(RouterError):
+    status = 408
+
+
 class _BadCursorError(RouterError):
     status = 400
 
 
 # -- what a request says -------------------------------------------------------------------------
+
+
+def _plain(request: Request) -> Request:
+    """The same, for an answer that we read: not compressed."""
+    headers = [(k, v) for k, v in request.headers if k != b"accept-encoding"]
+    return dataclasses.replace(request, headers=headers)
 
 
 def _one_each(request: Request, workers: Iterable[str]) -> list[Request]:
@@ -380,14 +434,21 @@ def _is_inference(path: str) -> bool:
 def _program_id(path: str, headers: Headers, body: bytes) -> str | None:
     """The program that a request belongs to, by the precedence of `identity`, or is about.
 
-    A malformed id is left for the replica to answer.
+    None for a malformed id, which is left for the replica to answer: nothing of any size gets
+    into our tables or a worker's.
     """
-    if path.startswith(PROGRAMS_PATH + "/"):
-        return path[len(PROGRAMS_PATH) + 1 :]
     try:
-        header = HeaderIdentity.from_headers(headers)
+        named = _named(path, headers, body)
+        return None if named is None else parse_id("program", named)
     except IdentityError:
         return None
+
+
+def _named(path: str, headers: Headers, body: bytes) -> str | None:
+    """The id as it is given; raises `IdentityError` for a malformed header."""
+    if path.startswith(PROGRAMS_PATH + "/"):
+        return path[len(PROGRAMS_PATH) + 1 :]
+    header = HeaderIdentity.from_headers(headers)
     if path == PROGRAMS_PATH:
         return _text(_ids(body).id) or header.program_id
     if header.program_id is not None or not _may_name_program(body):
@@ -444,6 +505,11 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _is_for_another(headers: Headers) -> bool:
+    """Whether a proxy passes this on, or a browser sends it for some page."""
+    return any(k in (b"origin", b"forwarded") or k.startswith(b"x-forwarded-") for k, _ in headers)
 
 
 def _seconds(value: bytes | None) -> float | None:

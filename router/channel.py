@@ -201,8 +201,10 @@ class Channel:
                 self._send(address, frames)
             except zmq.Again:
                 return False
-            except zmq.ZMQError as error:  # no such peer: its session will time out
+            except zmq.ZMQError as error:
+                # No such peer: should it dial again within its session, it shall see the gap.
                 logger.debug("could not send to a peer: %s", error)
+                outbox.next_number += 1
                 outbox.batches.clear()
                 break
             outbox.next_number += 1
@@ -253,13 +255,15 @@ def listen(
 
 def dial(context: zmq.Context[Any], endpoint: str, keys: str, identity: bytes) -> zmq.Socket[bytes]:
     """A DEALER socket that connects to `endpoint`, again and again; raises `ConfigError`."""
+    own_key = _own_key(keys, CURVE_WORKER) if keys else None  # before there is a socket to close
+    router_key = _load_key(Path(keys) / f"{CURVE_ROUTER}.key")[0] if keys else None
     socket = _socket(context, zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, identity)
     socket.setsockopt(zmq.RECONNECT_IVL, 50)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-    if keys:
-        socket.curve_publickey, socket.curve_secretkey = _own_key(keys, CURVE_WORKER)
-        socket.curve_serverkey = _load_key(Path(keys) / f"{CURVE_ROUTER}.key")[0]
+    if own_key is not None:
+        socket.curve_publickey, socket.curve_secretkey = own_key
+        socket.curve_serverkey = router_key
     socket.connect(endpoint)
     return socket
 

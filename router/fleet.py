@@ -29,11 +29,12 @@ from autellix_sglang.router.config import RouterConfig
 logger = logging.getLogger(__name__)
 
 PROGRESS_S: Final = 10.0
+DRAIN_S: Final = 1.0  # for the rest of its log, once it has ended
 STOP_S: Final = 15.0  # from SIGTERM to SIGKILL
 FIRST_PAUSE_S: Final = 1.0  # before a replica is started again; doubles with every early death
 MAX_PAUSE_S: Final = 60.0
 EARLY_S: Final = 60.0  # a replica that lives longer has recovered
-USAGE_STATUS: Final = 2  # wrong arguments: starting again is no use
+USAGE_STATUS: Final = 2  # at the first start: wrong arguments, so starting again is no use
 PR_SET_PDEATHSIG: Final = 1
 TP_FLAGS: Final = ("--tp", "--tp-size", "--tensor-parallel-size")
 PP_FLAGS: Final = ("--pp", "--pp-size", "--pipeline-parallel-size")
@@ -56,25 +57,49 @@ class Replica:
         return process.pid if process is not None and process.returncode is None else None
 
     async def run(self, write: Callable[[str], None]) -> int:
-        """Run it once, each line of its log given to `write`; returns its exit status."""
-        self.num_starts += 1
-        self._process = process = await asyncio.create_subprocess_exec(
-            *self._command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env=self._environ,
-            start_new_session=True,
-            preexec_fn=die_with_parent,
-            limit=1 << 20,
+        """Run it once, each line of its log given to `write`; returns its exit status.
+
+        Raises `OSError` if no process can be had. All but the first run have a new `--port`.
+        """
+        if self.num_starts:  # another process may have its port by now
+            self._command = _on_free_port(self._command)
+        # A pipe of our own: asyncio's waits for whatever else holds its other end.
+        ours, theirs = os.pipe()
+        log = asyncio.StreamReader(limit=1 << 20)
+        pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(log), os.fdopen(ours, "rb", 0)
         )
+        reading = asyncio.create_task(self._copy_log(log, write))
+        self._process = None
         try:
-            assert process.stdout is not None
-            async for line in _lines(process.stdout):
-                write(f"[{self.name}] {line}")
+            self._process = process = await self._start(theirs)
+            self.num_starts += 1
             return await process.wait()
         finally:
             self.kill()  # what it started and left behind
+            await asyncio.wait({reading}, timeout=DRAIN_S)
+            reading.cancel()
+            pipe.close()
+
+    async def _start(self, log: int) -> asyncio.subprocess.Process:
+        """The process, with this descriptor for its log, which is closed here."""
+        try:
+            return await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environ,
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        finally:
+            os.close(log)
+
+    async def _copy_log(self, stream: asyncio.StreamReader, write: Callable[[str], None]) -> None:
+        async for line in _lines(stream):
+            with suppress(OSError):  # nobody reads our log any more: the replica runs on
+                write(f"[{self.name}] {line}")
 
     def terminate(self) -> None:
         """Ask it to end; what it started is for it to end, or for `kill`."""
@@ -111,7 +136,7 @@ class Fleet:
     """Keeps its replicas running between `start` and `stop`.
 
     `num_ready` says how many of them the router may use, for the progress lines; `give_up` is
-    called when a replica refuses its arguments, which no restart would change.
+    called when a replica refuses its arguments at its first start, which no restart would change.
     """
 
     def __init__(
@@ -156,18 +181,22 @@ class Fleet:
         pause_s = self._first_pause_s
         while not self._is_stopping:
             started_s = loop.time()
-            status = await replica.run(self._write)
+            try:
+                status = await replica.run(self._write)
+                end = f"ended with status {status}"
+            except OSError as error:
+                status, end = None, f"could not be started: {error}"
             if self._is_stopping:
                 return
-            lived_s = loop.time() - started_s
-            if status == USAGE_STATUS:
+            if status == USAGE_STATUS and replica.num_starts == 1:
                 logger.error("%s refused its arguments, stopping", replica.name)
                 self._give_up()
                 return
+            lived_s = loop.time() - started_s
             pause_s = self._first_pause_s if lived_s > EARLY_S else min(2 * pause_s, MAX_PAUSE_S)
             logger.warning(
-                "%s ended with status %d after %.0f s, starting it again in %.0f s",
-                replica.name, status, lived_s, pause_s,
+                "%s %s after %.0f s, starting it again in %.0f s",
+                replica.name, end, lived_s, pause_s,
             )  # fmt: skip
             await asyncio.sleep(pause_s)
 
@@ -251,6 +280,14 @@ def _free_ports(count: int) -> list[int]:
     for probe in sockets:
         probe.close()
     return ports
+
+
+def _on_free_port(command: Sequence[str]) -> list[str]:
+    """The command with another `--port`, where it has one."""
+    made = list(command)
+    if "--port" in made:
+        made[made.index("--port") + 1] = str(_free_ports(1)[0])
+    return made
 
 
 def serve(namespace: argparse.Namespace, sglang_argv: Sequence[str], argv: Sequence[str]) -> int:

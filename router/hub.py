@@ -102,9 +102,12 @@ class State(Enum):
     LEAVING = "leaving"  # the same, by its own wish
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Request:
-    """What a client asks, and what placement needs to know of it."""
+    """What a client asks, and what placement needs to know of it.
+
+    Its body is dropped when the answer begins: from then on nothing is sent again.
+    """
 
     method: str
     path: str
@@ -169,6 +172,7 @@ class RemoteWorker:
         self.id = register.worker
         self.url = register.url
         self.address = address
+        self.displaced: set[bytes] = set()  # addresses of others that had its name before
         self.outbox = Outbox(session)
         self.next_number = 0
         self.heard_s = hub.clock()
@@ -254,9 +258,9 @@ class Answer:
         stream = self._stream
         while True:
             if stream.chunks:
-                body = stream.take_body()
-                yield body, stream.is_whole
-                if stream.is_whole:
+                body, is_last = stream.take_body(), stream.is_whole
+                yield body, is_last  # meanwhile more may arrive, the end included
+                if is_last:
                     return
                 self._give_credit(len(body))
             elif stream.error is not None:
@@ -272,7 +276,8 @@ class Answer:
         """Let the worker send as much more, told a quarter of the credit at a time."""
         stream = self._stream
         self._taken_bytes += num_bytes
-        if 4 * self._taken_bytes >= self._hub.config.credit_bytes and stream.error is None:
+        is_over = stream.is_whole or stream.error is not None
+        if 4 * self._taken_bytes >= self._hub.config.credit_bytes and not is_over:
             stream.worker.send(Credit(stream=stream.number, num_bytes=self._taken_bytes))
             self._taken_bytes = 0
 
@@ -325,11 +330,9 @@ class Hub:
 
         A worker that is lost before that is replaced by another, `config.retries` times.
         """
-        timeout_s = min(
-            request.timeout_s or self.config.request_timeout_s, self.config.request_timeout_s
-        )
-        deadline_s = self.clock() + timeout_s
+        deadline_s = self.clock() + self.timeout_s(request)
         tried: set[str] = set()
+        num_lost = 0
         while True:
             worker, choice, call = await self._choose(request, tried, deadline_s)
             stream = self._send(request, worker, choice, call, deadline_s)
@@ -338,15 +341,22 @@ class Hub:
                     if stream.error is not None:
                         raise stream.error
                     await stream.news()
+                request.body = b""
                 return Answer(self, stream)
             except WorkerLostError:
                 tried.add(worker.id)
-                if not request.can_retry or len(tried) > self.config.retries:
+                num_lost += 1  # a worker that joined anew may have been lost before
+                if not request.can_retry or num_lost > self.config.retries:
                     raise
                 self.num_retries += 1
             except BaseException:
                 self.close_stream(stream)
                 raise
+
+    def timeout_s(self, request: Request) -> float:
+        """How long a call may take: as long as it says, and not longer than we let any."""
+        limit_s = self.config.request_timeout_s
+        return min(request.timeout_s or limit_s, limit_s)
 
     def _expire(self, stream: _Stream) -> None:
         self.close_stream(stream, DeadlineError("the call did not end before its deadline"))
@@ -486,7 +496,12 @@ class Hub:
             self._quiet.warning("garbage", f"ignored {error}")
             return
         worker = self._by_address.get(address)
-        if messages and isinstance(messages[0], Register) and number == 0:
+        is_over = address.startswith(b"\0")  # a worker that dialled anew: ZMQ renamed the old link
+        if messages and isinstance(messages[0], Register) and number == 0 and not is_over:
+            holder = self.workers.get(messages[0].worker)
+            if holder is not None and address in holder.displaced:
+                self._refuse(address, holder.id)
+                return
             worker = self._register(address, session, messages[0])
         if worker is None or worker.outbox.session != session:
             self.channel.send_frames(address, [REJOIN])
@@ -501,12 +516,13 @@ class Hub:
 
     def _register(self, address: bytes, session: int, register: Register) -> RemoteWorker:
         earlier = self.workers.get(register.worker)
+        worker = RemoteWorker(self, address, session, register)
         if earlier is not None:
             self._lose(earlier, "it joined anew")
+            worker.displaced = earlier.displaced
             if earlier.address != address:  # it may still be there
-                reason = f"another process joined as {register.worker!r}"
-                self.channel.send_frames(earlier.address, [REFUSED, reason.encode()])
-        worker = RemoteWorker(self, address, session, register)
+                worker.displaced.add(earlier.address)
+                self._refuse(earlier.address, earlier.id)
         self.workers[worker.id] = self._by_address[address] = worker
         self._learn(worker, register.programs)
         worker.send(Welcome(heartbeat_s=self.config.heartbeat_s, timeout_s=self.config.timeout_s))
@@ -515,6 +531,11 @@ class Hub:
             worker.id, len(register.programs), worker.url or "no url",
         )  # fmt: skip
         return worker
+
+    def _refuse(self, address: bytes, name: str) -> None:
+        """Another process has the name, and keeps it while it is there."""
+        reason = f"another process joined as {name!r}"
+        self.channel.send_frames(address, [REFUSED, reason.encode()])
 
     def _lose(self, worker: RemoteWorker, reason: str) -> None:
         """End a worker's session: its streams fail, its programs live elsewhere."""

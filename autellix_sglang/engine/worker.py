@@ -67,6 +67,7 @@ JOIN_S: Final = 1.0  # between attempts to register
 REFUSED_S: Final = 30.0  # and after a refusal, which somebody has to see to
 RATE_TOKENS: Final = 10_000  # prefilled before the rate is told: first batches are slow
 SMOOTHING: Final = 0.02  # weight of the latest call in the mean time per call
+PROGRAMS_PATH: Final = "/v1/programs"  # opening a program takes no slot
 ASGI: Final = {"version": "3.0", "spec_version": "2.3"}  # uvicorn's
 
 Probe = Callable[[], Awaitable[Report]]
@@ -225,17 +226,23 @@ class _Link:
 
     async def _beat(self) -> None:
         while True:
-            now_s = self.agent.clock()
-            if self._welcome is not None and now_s - self._heard_s > self._welcome.timeout_s:
-                logger.warning("no word from the router at %s, joining anew", self._endpoint)
-                self._end_session()
-            if self._welcome is not None:
-                report = await self.agent.report(self)
-                self.num_slots = report.num_slots
-                self.send(self._outbox.session, report)
-            elif now_s >= self._next_join_s and not self._is_leaving:
-                self._join(now_s)
+            try:
+                await self._beat_once()
+            except Exception as error:  # keys that are being changed, no descriptor to be had
+                self._quiet.warning("beat", f"could not work for {self._endpoint}: {error}")
             await asyncio.sleep(self._welcome.heartbeat_s if self._welcome else JOIN_S / 10)
+
+    async def _beat_once(self) -> None:
+        now_s = self.agent.clock()
+        if self._welcome is not None and now_s - self._heard_s > self._welcome.timeout_s:
+            logger.warning("no word from the router at %s, joining anew", self._endpoint)
+            self._end_session()
+        if self._welcome is not None:
+            report = await self.agent.report(self)
+            self.num_slots = report.num_slots
+            self.send(self._outbox.session, report)
+        elif now_s >= self._next_join_s and not self._is_leaving:
+            self._join(now_s)
 
     def _connect(self) -> Channel:
         return Channel(self._redial(), Codec(FROM_ROUTER), self._take_frames)
@@ -336,8 +343,11 @@ class _Link:
     async def _run(self, stream: _Stream) -> None:
         started_s = self.agent.clock()
         await stream.run()
-        is_whole = self._streams.pop(stream.call.stream, None) is stream
-        if is_whole and stream.call.num_tokens:
+        number = stream.call.stream
+        if self._streams.get(number) is not stream:  # it was cancelled
+            return  # a restarted router counts from 1 again: the number may be another call's
+        del self._streams[number]
+        if stream.call.num_tokens and stream.call.path != PROGRAMS_PATH:
             self.agent.note_end(self.agent.clock() - started_s, self.num_slots)
 
 

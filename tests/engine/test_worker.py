@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from starlette.applications import Starlette
 from autellix_sglang.engine import worker
 from autellix_sglang.router.config import RouterConfig, WorkerConfig
 from autellix_sglang.router.hub import Hub
+from autellix_sglang.router.messages import Call, Report
 from tests.router.conftest import FAST, Rig
 
 
@@ -66,3 +68,29 @@ async def test_agent_lives_as_long_as_the_app(tmp_path):
     await Rig.until(lambda: "a" not in hub.workers or hub.workers["a"].is_leaving)
     assert seen == ["up", "down"]
     await hub.stop()
+
+
+async def test_late_end_leaves_a_later_call_of_the_same_number_alone(tmp_path):
+    """A call of the session before ends late; the one that has its number now is still there."""
+    ends = [asyncio.Event(), asyncio.Event()]
+
+    async def app(scope, receive, send):
+        await ends[int(scope["path"])].wait()
+
+    async def probe():
+        return Report(is_ready=True)
+
+    config = WorkerConfig(endpoints=(f"ipc://{tmp_path}/router.sock",), name="a")
+    agent = worker.WorkerAgent(app, config, probe)
+    await agent.start()
+    (link,) = agent._links
+    link._beating.cancel()
+    for path in "01":
+        link._end_session()
+        link._serve(Call(stream=1, method="GET", path=path))
+    ends[0].set()
+    await Rig.until(lambda: len(link._tasks) == 1)
+    left = [stream.call.path for stream in link._streams.values()]
+    ends[1].set()
+    await agent.stop()
+    assert left == ["1"]

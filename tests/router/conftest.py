@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -46,6 +47,7 @@ class Replica:
                 Route("/v1/messages", self.generate, methods=["POST"]),
                 Route("/flood", self.flood),
                 Route("/broken", self.broken),
+                Route("/metrics", self.metrics),
                 Route("/{path:path}", self.echo, methods=methods),
             ]
         )
@@ -89,6 +91,15 @@ class Replica:
                 self.num_sent_bytes += 65_536
 
         return StreamingResponse(pieces(), media_type="application/octet-stream")
+
+    async def metrics(self, request: Request) -> Response:
+        """Compressed for who can read that, as SGLang's are; waits for `hold` if asked to."""
+        await self._note(request)
+        if "hold" in request.query_params:
+            await self.hold.wait()
+        if "gzip" in request.headers.get("accept-encoding", ""):
+            return Response(gzip.compress(b"x 1\n"), headers={"content-encoding": "gzip"})
+        return Response(b"x 1\n")
 
     async def broken(self, request: Request) -> Response:
         raise ValueError("a bug in the app")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import signal
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 pytest.importorskip("zmq")
 
+import uvicorn
+
 from autellix_sglang.errors import ConfigError
 from autellix_sglang.router import everywhere
+from autellix_sglang.router.__main__ import serve
 from autellix_sglang.router.app import RouterApp, _beginnings, _num_tokens, _program_id
 from autellix_sglang.router.config import (
     RouterConfig,
@@ -100,6 +105,35 @@ async def test_draining_needs_the_admin_key(rig):
     assert far._is_admin({"client": ("::1", 5), "headers": []})
 
 
+@pytest.mark.parametrize("header", ["origin", "forwarded", "x-forwarded-for", "x-forwarded-host"])
+async def test_draining_without_a_key_is_not_for_those_behind_a_proxy(rig, header):
+    """A request that a proxy or a browser on this machine passes on is not this machine's."""
+    client = await rig.route()
+    await rig.join("a")
+    answer = await client.post("/workers/a/drain", headers={header: "127.0.0.1"})
+    assert answer.status_code == 403
+    assert not rig.hub.workers["a"].is_draining
+
+
+def test_no_header_says_where_a_client_is(monkeypatch):
+    """The server takes a client's address from its connection only."""
+    seen = []
+
+    class Server:
+        started = True
+
+        def __init__(self, config):
+            seen.append(config)
+
+        def run(self, sockets):
+            sockets[0].close()
+
+    monkeypatch.setattr(uvicorn, "Server", Server)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert serve(Hub(RouterConfig(port=0))) == 0
+    assert not seen[0].proxy_headers
+
+
 # -- programs ------------------------------------------------------------------------------------
 
 
@@ -149,11 +183,29 @@ def body_of(**fields) -> bytes:
         ([], body_of(session_id="s"), "s"),
         ([], body_of(session_id=7), None),
         ([(b"x-program-id", b"")], body_of(session_id="s"), None),
+        ([], body_of(session_id="s" * 257), None),
+        ([], body_of(session_id="line\nbreak"), None),
+        ([], body_of(custom_params={"program_id": "b" * 257}), None),
     ],
 )
 def test_program_of_a_request_follows_the_order_of_identity(headers, body, expected):
     """The router finds the id that the replica will find; a malformed one is the replica's."""
     assert _program_id("/generate", headers, body) == expected
+
+
+async def test_malformed_id_enters_no_table(rig):
+    """However long an id in a body is, router and worker remember nothing of it."""
+    client = await rig.route()
+    await rig.join("a")
+    long = "x" * 100_000
+    for path, body in (
+        ("/generate", {"session_id": long}),
+        ("/generate", {"custom_params": {"program_id": long}}),
+        ("/v1/programs", {"id": long}),
+    ):
+        await client.post(path, json=body)
+    keys = [*rig.hub.programs._programs, *rig.agents["a"]._programs]
+    assert max(map(len, keys), default=0) < 100
 
 
 def test_length_is_the_callers_or_from_the_body():
@@ -241,6 +293,27 @@ def test_metrics_are_labelled_and_each_family_is_in_one_piece():
         'y{worker="w1"} 3',
         'y{worker="w\\"2"} 3',
     ]
+
+
+async def test_metrics_are_merged_for_a_client_that_takes_gzip(rig):
+    """What is merged is asked for uncompressed, whatever the client can read."""
+    client = await rig.route()
+    await rig.join("a", "b")
+    answer = await client.get("/metrics", headers={"accept-encoding": "gzip"})
+    assert answer.status_code == 200
+    assert _samples(answer.text) == {("x", "a"): 1, ("x", "b"): 1}
+
+
+async def test_lost_worker_is_left_out_of_what_is_only_read(rig, caplog):
+    """Metrics come from those who are there, and the log says who is missing."""
+    client = await rig.route()
+    await rig.join("a", "b")
+    call = asyncio.create_task(client.get("/metrics?hold"))
+    await rig.until(lambda: all(replica.seen for replica in rig.replicas.values()))
+    rig.hub._lose(rig.hub.workers["b"], "it is gone")
+    rig.replicas["a"].hold.set()
+    assert _samples((await call).text) == {("x", "a"): 1}
+    assert any("leaves out worker 'b'" in record.getMessage() for record in caplog.records)
 
 
 def test_best_and_worst():

@@ -17,7 +17,7 @@ from autellix_sglang import launch
 from autellix_sglang.errors import ConfigError
 from autellix_sglang.router import fleet
 from autellix_sglang.router.testing import output_of
-from tests.router.conftest import FAST
+from tests.router.conftest import FAST, Rig
 
 FAKE = [sys.executable, "-m", "autellix_sglang.router.testing", "--speed", "20"]
 
@@ -162,6 +162,68 @@ async def test_killed_replica_is_started_again(fakes):
     await fakes.rig.until(lambda: victim.num_starts == 2 and victim.pid is not None, 20)
     await fakes.wait_ready(2)
     assert {line[:5] for line in fakes.log} == {"[w0] ", "[w1] "}
+
+
+async def keep(command, condition, write=lambda line: None):
+    """Run a fleet of one until the condition holds of (replica, times it gave up)."""
+    given_up = []
+    replica = fleet.Replica("w", command, dict(os.environ))
+    made = fleet.Fleet(
+        [replica], lambda: 1, lambda: given_up.append(1), write, first_pause_s=0.01
+    )  # fmt: skip
+    await made.start()
+    try:
+        await Rig.until(lambda: condition(replica, len(given_up)), 20)
+    finally:
+        await made.stop()
+    return replica
+
+
+def script(text, *argv):
+    return [sys.executable, "-c", text, *argv]
+
+
+async def test_replica_that_ran_is_started_again_whatever_its_status(tmp_path):
+    """Status 2 of a restart stops nothing, and each restart has a port of its own."""
+    log = tmp_path / "ports"
+    text = (
+        "import sys; ports = open(sys.argv[3], 'a+'); ports.write(sys.argv[2] + '\\n'); "
+        "ports.flush(); ports.seek(0); sys.exit(2 if len(ports.readlines()) > 1 else 1)"
+    )
+    command = script(text, "--port", "1", str(log))
+    await keep(command, lambda replica, given_up: given_up or replica.num_starts >= 4)
+    ports = log.read_text().split()
+    assert len(ports) >= 3 and len(set(ports)) == len(ports)
+
+
+async def test_replica_is_watched_on_where_no_process_or_log_is_to_be_had(caplog):
+    """A program that cannot be executed is tried again; a log that nobody reads ends nothing."""
+    missing = ["/nowhere/python"]
+    count = "could not be started"
+    await keep(missing, lambda *_: sum(count in r.getMessage() for r in caplog.records) > 1)
+
+    def write(line):
+        lines.append(line)
+        raise BrokenPipeError
+
+    lines = []
+    text = "import time\nfor i in range(3): print(i, flush=True)\ntime.sleep(60)"
+    replica = await keep(script(text), lambda *_: len(lines) == 3, write)
+    assert replica.num_starts == 1
+
+
+async def test_end_of_a_replica_is_noticed_while_its_child_holds_the_log():
+    """What a dead replica left behind, in its process group or out of it, does not hide its end."""
+    text = (
+        "import subprocess, sys; print('last words', flush=True); "
+        "subprocess.Popen(['sleep', '30'], start_new_session=sys.argv[1] == 'out')"
+    )
+    for where in ("in", "out"):
+        lines = []
+        began_s = asyncio.get_running_loop().time()
+        await keep(script(text, where), lambda r, _: r.num_starts >= 2, lines.append)
+        assert asyncio.get_running_loop().time() - began_s < 25
+        assert lines[0] == "[w] last words"
 
 
 async def test_refused_arguments_are_not_tried_again(rig):

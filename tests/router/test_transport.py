@@ -17,6 +17,7 @@ import zmq
 
 from autellix_sglang.engine import worker
 from autellix_sglang.errors import ConfigError
+from autellix_sglang.router import app
 from autellix_sglang.router.__main__ import listen
 from autellix_sglang.router.channel import HELLO, NUMBERS, REFUSED, Codec, make_keys
 from autellix_sglang.router.config import RouterConfig
@@ -96,6 +97,18 @@ async def test_program_stays_on_its_worker(rig):
         assert len(found) == 1
         workers[i] = found.pop()
     assert len(set(workers.values())) > 1
+
+
+async def test_opening_and_listing_programs_does_not_count_as_calls(rig):
+    """A worker's mean time per call is of calls that had a slot."""
+    client = await rig.route()
+    await rig.join("a")
+    await client.post("/v1/programs", json={"id": "p"})
+    await client.get("/v1/programs", headers={"x-router-worker": "a"})
+    await rig.until(lambda: rig.num_streams == 0)
+    assert rig.agents["a"].call_s == 0
+    await client.post("/generate", json={})
+    await rig.until(lambda: rig.agents["a"].call_s > 0)
 
 
 async def test_tenants_do_not_share_a_program(rig):
@@ -187,6 +200,39 @@ async def test_overload_is_refused_and_bounded(rig):
     await rig.until(lambda: rig.num_streams == rig.hub.num_buffered_bytes == 0)
 
 
+async def test_body_that_never_ends_is_given_up(rig):
+    """A client that stops in the middle of its request is told so, and nothing of it is held."""
+    await rig.route(request_timeout_s=0.3)
+    reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+    writer.write(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+    assert b" 408 " in await asyncio.wait_for(reader.readline(), 10)
+    writer.close()
+    await rig.until(lambda: rig.num_streams == rig.hub.num_buffered_bytes == 0)
+
+
+async def test_client_that_reads_nothing_is_given_up(rig, monkeypatch):
+    """A little after its deadline a call is over, though its client is still connected."""
+    monkeypatch.setattr(app, "END_S", 0.2)
+    await rig.route(credit_bytes=100_000)
+    await rig.join("a")
+    reader = socket.create_connection(("127.0.0.1", rig.port))
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    reader.sendall(b"GET /flood HTTP/1.1\r\nHost: x\r\nx-request-timeout-s: 0.5\r\n\r\n")
+    await rig.until(lambda: rig.replicas["a"].num_sent_bytes > 0)
+    await rig.until(lambda: rig.num_streams == 0)
+    reader.close()
+
+
+async def test_body_is_held_until_the_answer_begins(rig):
+    """While a stream runs, its request counts no more against what the router may hold."""
+    client = await rig.route()
+    await rig.join("a")
+    async with streaming(client, n=2, hold_at=1):
+        assert (rig.hub.num_open, rig.hub.num_buffered_bytes) == (1, 0)
+        (stream,) = rig.hub.workers["a"].streams.values()
+        assert stream.request.body == b""
+
+
 # -- failures ------------------------------------------------------------------------------------
 
 
@@ -207,6 +253,35 @@ async def test_worker_lost_before_the_first_byte_is_replaced(rig):
     assert rig.hub.num_retries == 1
     again = await client.post("/generate", json={}, headers=headers)
     assert again.json()["worker"] == other
+
+
+async def test_call_lost_in_a_short_break_of_the_link_is_sent_again(rig, monkeypatch):
+    """A worker that was unreachable for a moment sees that frames are missing, and joins anew."""
+    client = await rig.route(worker_wait_s=10.0, timeout_s=60.0)
+    await rig.join("a")
+    send = rig.hub.channel._send
+
+    def break_off(address, frames):
+        if b"/generate" in frames[-1]:
+            monkeypatch.setattr(rig.hub.channel, "_send", send)
+            raise zmq.ZMQError(zmq.EHOSTUNREACH)
+        send(address, frames)
+
+    monkeypatch.setattr(rig.hub.channel, "_send", break_off)
+    assert (await client.post("/generate", json={})).json()["worker"] == "a"
+    assert rig.hub.num_retries == 1
+
+
+async def test_call_that_kills_every_worker_is_given_up(rig):
+    """A call is tried `retries` times more, also where the only worker comes back each time."""
+    client = await rig.route(retries=2, worker_wait_s=10.0, timeout_s=60.0)
+    await rig.join("a")
+    call = asyncio.create_task(client.post("/generate", json={"hold_at": 0}))
+    for num_tries in range(1, 4):
+        await rig.until(lambda n=num_tries: len(rig.replicas["a"].bodies) == n)
+        rig.hub._lose(rig.hub.workers["a"], "poison")
+    assert (await call).status_code == 502
+    assert rig.hub.num_retries == 2
 
 
 async def test_worker_lost_in_mid_stream_is_an_error_event(rig):
@@ -298,6 +373,24 @@ async def test_worker_joins_once_however_long_the_router_was_away(rig, caplog, m
     assert len([r for r in caplog.records if "joined with" in r.getMessage()]) <= 2
 
 
+async def test_worker_that_cannot_dial_for_a_while_tries_again(rig, caplog, monkeypatch):
+    """Keys that are gone for a moment, or no descriptors, do not end a worker's attempts."""
+    monkeypatch.setattr(worker, "JOIN_S", 0.05)
+    rig.replicas["a"] = Replica("a")
+    await rig.work("a", (rig.endpoint,))
+    (link,) = rig.agents["a"]._links
+    redial = link._redial
+
+    def fail():
+        raise ConfigError("keys", "worker.key_secret: no such file")
+
+    link._redial = fail
+    await rig.until(lambda: any("no such file" in r.message for r in caplog.records))
+    link._redial = redial
+    await rig.route()
+    await rig.until(lambda: rig.is_ready("a"))
+
+
 async def test_restart_of_the_router_loses_no_worker_and_no_home(rig):
     """Workers find a new router by themselves and tell it where programs were last."""
     client = await rig.route()
@@ -383,6 +476,32 @@ async def test_later_process_of_the_same_name_wins(rig, caplog):
         assert (await client.post("/generate", json={})).status_code == 200
     assert (len(earlier.bodies), len(rig.replicas["a"].bodies)) == (0, 3)
     assert sum("another process joined as 'a'" in r.message for r in caplog.records) == 1
+
+
+async def test_earlier_process_of_the_same_name_may_return_when_the_later_is_gone(
+    rig, caplog, monkeypatch
+):
+    """It asks again and again, and displaces nobody; the name is free when its holder is lost."""
+    monkeypatch.setattr(worker, "REFUSED_S", 0.1)
+    caplog.set_level(logging.INFO)
+    await rig.route()
+    await rig.join("a")
+    earlier = rig.agents["a"]
+    await rig.join("a")
+    await asyncio.sleep(1.0)
+    assert sum("joined with" in r.getMessage() for r in caplog.records) == 2
+    await rig.kill("a")
+    await rig.until(lambda: earlier._links[0]._welcome is not None)
+
+
+async def test_what_a_replaced_connection_still_says_displaces_nobody(rig):
+    """A worker that dials anew is not thrown out by its own earlier attempt to join."""
+    await rig.route()
+    await rig.join("a")
+    address = rig.hub.workers["a"].address
+    late = Codec(FROM_ROUTER).encode(9, 0, [Register(worker="a")])
+    rig.hub._take_frames(b"\0\0\0\0\1", late)
+    assert rig.hub.workers["a"].address == address
 
 
 # -- strangers -----------------------------------------------------------------------------------
