@@ -35,8 +35,13 @@ def command_line(argv: Sequence[str] | None = None) -> str:
     argv = list(sys.argv if argv is None else argv)
     script = Path(argv[0])
     module = f"-m {script.parent.name}.{script.stem}" if script.suffix == ".py" else str(script)
-    arguments = (Path(word).name if os.path.isfile(word) else word for word in argv[1:])  # noqa: PTH113 - a long word is no error
+    arguments = (Path(word).name if _is_place(word) else word for word in argv[1:])
     return " ".join(["python", module, *map(shlex.quote, arguments)])
+
+
+def _is_place(word: str) -> bool:
+    """Whether it says where somebody keeps a file."""
+    return os.path.isabs(word) or os.path.isfile(word)  # noqa: PTH113, PTH117 - of any length
 
 
 def commit() -> str | None:
