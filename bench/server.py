@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,15 +21,15 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from autellix_sglang.router.fleet import free_ports
 from bench.common import ROOT
 
-PORTS = (20_000, 30_000)
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 10.0
 POLL_S = 0.25
@@ -64,15 +62,8 @@ def launch_command(policy: str, port: int, flags: Sequence[str] = ()) -> list[st
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago, below those that systems give to outgoing connections.
-
-    A server takes a minute to bind it, and until then one of those would be gone now and then.
-    """
-    while True:
-        port = random.randrange(*PORTS)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
+    """A TCP port that was free a moment ago."""
+    return free_ports(1)[0]
 
 
 class Server:

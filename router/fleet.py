@@ -15,12 +15,13 @@ import asyncio
 import ctypes
 import logging
 import os
+import random
 import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, Final
 
 from autellix_sglang.errors import ConfigError
@@ -36,6 +37,7 @@ MAX_PAUSE_S: Final = 60.0
 EARLY_S: Final = 60.0  # a replica that lives longer has recovered
 USAGE_STATUS: Final = 2  # at the first start: wrong arguments, so starting again is no use
 PR_SET_PDEATHSIG: Final = 1
+PORTS: Final = (20_000, 30_000)  # of replicas and of our tests' servers
 TP_FLAGS: Final = ("--tp", "--tp-size", "--tensor-parallel-size")
 PP_FLAGS: Final = ("--pp", "--pp-size", "--pipeline-parallel-size")
 
@@ -236,7 +238,7 @@ def replica_commands(
             "--base-gpu-id", str(first_gpu + i * num_gpus),
             "--router-endpoint", endpoint, "--worker-name", f"replica-{i}",
         ]
-        for i, port in enumerate(_free_ports(namespace.replicas))
+        for i, port in enumerate(free_ports(namespace.replicas))
     ]  # fmt: skip
 
 
@@ -273,12 +275,19 @@ def _number(argv: Sequence[str], flags: Sequence[str], default: int) -> int:
     return int(value)
 
 
-def _free_ports(count: int) -> list[int]:
-    """Ports of the loopback that were free a moment ago, all different."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in sockets]
-    for probe in sockets:
-        probe.close()
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback that were free a moment ago, all different.
+
+    They are below those that systems give to outgoing connections: a server takes a minute to bind
+    its port, and until then one of those would be gone now and then.
+    """
+    ports: list[int] = []
+    with ExitStack() as probes:
+        while len(ports) < count:
+            port = random.randrange(*PORTS)
+            with suppress(OSError):
+                probes.enter_context(socket.create_server(("127.0.0.1", port)))
+                ports.append(port)
     return ports
 
 
@@ -286,7 +295,7 @@ def _on_free_port(command: Sequence[str]) -> list[str]:
     """The command with another `--port`, where it has one."""
     made = list(command)
     if "--port" in made:
-        made[made.index("--port") + 1] = str(_free_ports(1)[0])
+        made[made.index("--port") + 1] = str(free_ports(1)[0])
     return made
 
 
