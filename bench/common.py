@@ -111,6 +111,13 @@ def provenance(started: float, clock: Callable[[], float] = time.perf_counter) -
     }
 
 
+def write_result(path: Path, text: str) -> None:
+    """Write a file, its directory as well if need be, and say so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    say(f"wrote {path}")
+
+
 def print_result(result: Mapping[str, object], stream: IO[str] | None = None) -> None:
     """Print the last line of a benchmark: the result as one JSON object."""
     print(json.dumps(result, allow_nan=False), file=stream or sys.stdout, flush=True)

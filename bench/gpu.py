@@ -40,7 +40,7 @@ from autellix_sglang.config import ProgramConfig
 from autellix_sglang.platform.tiny_model import cache_directory, write_tokenizer
 from bench import charts, report, serve
 from bench.charts import Series
-from bench.common import ROOT, new_parser, print_result, provenance, say
+from bench.common import ROOT, new_parser, print_result, provenance, say, write_result
 from bench.replay import poisson_arrivals
 from bench.serve import Offered, ServeOptions
 from bench.server import STOCK, Endpoint, ServerError, policy_servers
@@ -405,8 +405,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def save(plan: Plan, runs: Runs) -> None:
         result.update(make_result(options, plan, runs) | provenance(started))
-        _write(places.json, json.dumps(result, indent=1) + "\n")
-        _write(places.html, render(result, runs))
+        write_result(places.json, json.dumps(result, indent=1) + "\n")
+        write_result(places.html, render(result, runs))
 
     is_whole = True
     try:
@@ -422,12 +422,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"error: {result['lost']} calls were lost")
     print_result(result)
     return 0 if is_whole and not result["lost"] else 1
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    say(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from bench import (
     paper_validation,
     report,
 )
-from bench.common import ROOT, Progress, new_parser, print_result, provenance, say
+from bench.common import ROOT, Progress, new_parser, print_result, provenance, say, write_result
 from bench.paper_base import (
     FULL,
     OURS,
@@ -300,11 +300,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "size": dataclasses.asdict(size),
         "figures": as_json(found),
     } | provenance(started)
-    options.html.parent.mkdir(parents=True, exist_ok=True)
-    options.html.write_text(render(found, result), encoding="utf-8")
+    write_result(options.html, render(found, result))
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    say(f"wrote {options.html}")
+        write_result(options.json, json.dumps(result, indent=1) + "\n")
     print("| figure | verdict | what we find |\n|---|---|---|")
     for figure, findings in found:
         print(f"| {_label(figure)}: {figure.title} | {findings.verdict} | {findings.answer} |")

@@ -37,7 +37,15 @@ from typing import Any
 
 from autellix_sglang.config import ProgramConfig
 from bench import report, stats, synthetic, trace
-from bench.common import CpuMeter, Progress, format_table, print_result, provenance, say
+from bench.common import (
+    CpuMeter,
+    Progress,
+    format_table,
+    print_result,
+    provenance,
+    say,
+    write_result,
+)
 from bench.replay import ReplayOptions, poisson_arrivals, recorded_arrivals, replay
 from bench.server import Endpoint, ServerError, flush_cache, policy_servers, server_info
 from bench.stats import Run
@@ -556,9 +564,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     result |= provenance(started)
     if options.html is not None:
-        Path(options.html).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.html).write_text(report.render(result, runs), encoding="utf-8")
-        say(f"wrote {options.html}")
+        write_result(Path(options.html), report.render(result, runs))
     for caveat in result["caveats"]:
         say(f"note: {caveat}")
     print(result_table(result))
