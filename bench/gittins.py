@@ -12,6 +12,7 @@ The policy starts every run knowing nothing, and learns from that run's programs
 - on workloads of one kind: mean program token latency at most 1.03 of `plas`;
 - when what was learned becomes wrong in mid-run: at most 1.10 of `plas`. `swap`: each kind of the
   mix goes on with the programs of another. `grow`: chats become tree searches, under one name.
+  `cut`: tree searches of the recorded mix end with their second step, as wide as before.
 
 `--kinds` says what the policy sees of a kind: the first prompt (default), an agent's name as well,
 or nothing. A bar is judged by the median over `--seeds`; the worst seed is shown beside it.
@@ -47,7 +48,7 @@ from bench.sim import (
     synthetic_plans,
 )
 from bench.sim_device import DeviceError
-from bench.sim_engine import Blueprint
+from bench.sim_engine import Blueprint, Kinds, blueprint
 from bench.trace import TraceError
 
 POLICY: Final = "gittins"
@@ -129,6 +130,28 @@ def grown(small: Plans, large: Plans) -> Programs:
     return programs
 
 
+def cut(plans: Plans, kinds: Kinds) -> Programs:
+    """From the middle on, tree searches end with the calls of their second step."""
+    short = {plan.trace.id: shortened(plan, kinds) for plan in plans if plan.trace.kind == "tree"}
+
+    def programs(count: int) -> Plans:
+        drawn = steady(plans)(count)
+        for i in range(count // 2, count):
+            drawn[i] = short.get(drawn[i].trace.id, drawn[i])
+        return drawn
+
+    return programs
+
+
+def shortened(plan: Blueprint, kinds: Kinds, num_steps: int = 2) -> Blueprint:
+    """The program's calls that wait for fewer than `num_steps` others, one after the other."""
+    depth: dict[str, int] = {}
+    for call in plan.trace.calls:
+        depth[call.id] = 1 + max((depth[p] for p in plan.trace.waits_for(call)), default=-1)
+    calls = tuple(call for call in plan.trace.calls if depth[call.id] < num_steps)
+    return blueprint(dataclasses.replace(plan.trace, calls=calls), kinds)
+
+
 def cases(options: argparse.Namespace, setup: Setup, largest_load: float) -> list[Case]:
     built_in = {name: synthetic_plans(name, setup, largest_load) for name in (*ALIKE, "mixed")}
     mixed, chat, tree = built_in["mixed"], built_in["chat"], built_in["tree"]
@@ -140,6 +163,9 @@ def cases(options: argparse.Namespace, setup: Setup, largest_load: float) -> lis
             recorded = recorded_plans(paths, setup, options.scale, options.max_calls)
             out.append(Case(name, MIXED_LIMITS, steady(recorded), recorded))
             out.append(Case(f"{name} swap", SHIFT_LIMITS, swapped(recorded), recorded))
+            if any(plan.trace.kind == "tree" for plan in recorded):
+                shorter = cut(recorded, setup.kinds)
+                out.append(Case(f"{name} cut", SHIFT_LIMITS, shorter, recorded))
     out += [Case(n, ALIKE_LIMITS, steady(built_in[n]), built_in[n]) for n in ALIKE]
     out.append(Case("swap", SHIFT_LIMITS, swapped(mixed), mixed))
     few = min(len(chat), len(tree))

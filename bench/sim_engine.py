@@ -34,7 +34,7 @@ from typing import Final
 from autellix_sglang.config import ProgramConfig
 from autellix_sglang.core.kv import LossShare
 from autellix_sglang.core.planner import Demand, Planner
-from autellix_sglang.core.policy import POLICIES, Levels, Policy
+from autellix_sglang.core.policy import POLICIES, Levels, Policy, call_turn, program_turn
 from autellix_sglang.core.program import Call, Program, ProgramTable
 from autellix_sglang.core.sizes import LEADING_TOKENS, Ladder
 from bench.sim_cache import Node, PrefixCache, cut
@@ -88,10 +88,10 @@ def _program_left(call: Call) -> float:
 
 
 BASELINES: Final[dict[str, Policy]] = {
-    "program-fcfs": Policy(_nothing, groups_programs=True),
-    "sjf": Policy(_call_work),
-    "srpt": Policy(_program_left, is_shared=True, groups_programs=True),
-    **dict.fromkeys(ORDERS, Policy(_nothing)),
+    "program-fcfs": Policy(_nothing, program_turn),
+    "sjf": Policy(_call_work, call_turn),
+    "srpt": Policy(_program_left, program_turn, is_shared=True),
+    **dict.fromkeys(ORDERS, Policy(_nothing, call_turn)),
 }
 ONE_LEVEL: Final = Levels(1, 1.0, 2.0)
 FINE_LEVELS: Final = Levels(240, 1.0, 1.06)  # 1 to a million steps, 6 % apart

@@ -11,7 +11,7 @@ defaults); `--grid` takes every combination of the axes instead. Axes are the se
 
 - `last`: the service in steps at which the last, open level begins. It chooses the number of
   levels, with quantum (32 where it is learned) and factor as they are;
-- `tie`: inside a level, by the program's arrival (the product) or by the call's own;
+- `tie`: inside a level, as the policy has it, by the program's arrival or by the call's own;
 - `unit`: what service is counted in. `steps` (the product: a prefill token costs what the engine
   measures), `tokens` (a prefill token costs as much as a generated one), `outputs` (nothing).
   Seconds are no unit here: no wall clock enters a ranking decision of the product.
@@ -42,7 +42,13 @@ from statistics import geometric_mean
 from typing import Any, Final
 
 from autellix_sglang.config import ProgramConfig
-from autellix_sglang.core.policy import FIRST_QUANTUM, POLICIES, Policy
+from autellix_sglang.core.policy import (
+    FIRST_QUANTUM,
+    POLICIES,
+    Policy,
+    call_turn,
+    program_turn,
+)
 from autellix_sglang.errors import ConfigError
 from bench.common import Progress, print_result, provenance, say
 from bench.sim import Setup, at_rate, capacity, parser, setup_of, summary, workloads_of
@@ -61,11 +67,11 @@ AXES: Final[dict[str, tuple[Any, ...]]] = {
     "beta": (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
     "min_run": (0.0, 8.0, 32.0, 64.0, 128.0, 512.0),
     "schedule_interval": (1, 4, 8, 16, 32),
-    "tie": ("program", "call"),
+    "tie": ("policy", "program", "call"),
     "unit": tuple(UNITS),
 }
 SETTINGS: Final = tuple(axis for axis in AXES if axis != "last")  # `levels` says the same
-PRODUCT: Final[dict[str, str]] = {"tie": "program", "unit": "steps"}  # what is not in config.py
+PRODUCT: Final[dict[str, str]] = {"tie": "policy", "unit": "steps"}  # what is not in config.py
 LOADS: Final = (0.5, 0.8, 1.0, 1.2)
 QUICK_AXES: Final = ("quantum", "last")
 QUICK_LOADS: Final = (1.2,)
@@ -99,7 +105,7 @@ def scheduling(base: Scheduling, values: Values) -> Scheduling:
     if "last" in values:
         config = config.replace(quantum=config.quantum or FIRST_QUANTUM)
         config = config.replace(levels=num_levels(config, values["last"]))
-    return replace(base, config=config, policy=_policy(config, values.get("tie", "program")))
+    return replace(base, config=config, policy=_policy(config, values.get("tie", "policy")))
 
 
 def num_levels(config: ProgramConfig, last: float) -> int:
@@ -109,7 +115,8 @@ def num_levels(config: ProgramConfig, last: float) -> int:
 
 def _policy(config: ProgramConfig, tie: str) -> Policy:
     policy = POLICIES[config.policy]
-    return replace(policy, groups_programs=policy.groups_programs and tie == "program")
+    turns = {"policy": policy.turn, "program": program_turn, "call": call_turn}
+    return replace(policy, turn=turns[tie])
 
 
 def choices(axes: Sequence[str], is_grid: bool) -> Iterator[Values]:

@@ -20,15 +20,14 @@ class Policy:
     """One row of the registry.
 
     `attained(call)` is in steps. `is_shared` says that all calls of a program attain together, so
-    that charging one of them may move its siblings. `groups_programs` orders calls of one level by
-    their program's arrival and not by their own. What is `is_learned` is not attained but a rank,
-    which changes only as the program enters or leaves a bucket of `core.sizes`; else it never
-    shrinks while the call lives.
+    that charging one of them may move its siblings. `turn(call)` orders calls of one level, the
+    least first. What is `is_learned` is not attained but a rank, which changes only as the program
+    enters or leaves a bucket of `core.sizes`; else it never shrinks while the call lives.
     """
 
     attained: Callable[[Call], float]
+    turn: Callable[[Call], float]
     is_shared: bool = False
-    groups_programs: bool = False
     is_learned: bool = False
 
 
@@ -57,12 +56,30 @@ def _rank(call: Call) -> float:
     return call.program.rank
 
 
+def call_turn(call: Call) -> float:
+    """In order of the calls' arrival."""
+    return call.seq
+
+
+def program_turn(call: Call) -> float:
+    """In order of the programs' arrival."""
+    return call.program.seq
+
+
+def due_turn(call: Call) -> float:
+    """By when the program would be through, were it to take no more steps than its rank.
+
+    So a small program goes before a large one, but not before one that has waited for long.
+    """
+    return call.program.arrived + call.program.rank
+
+
 POLICIES: Final[dict[str, Policy]] = {
-    "fcfs": Policy(_nothing),
-    "mlfq": Policy(_call_service),
-    "plas": Policy(_program_service, is_shared=True, groups_programs=True),
-    "atlas": Policy(_path_service, groups_programs=True),
-    "gittins": Policy(_rank, is_shared=True, groups_programs=True, is_learned=True),
+    "fcfs": Policy(_nothing, call_turn),
+    "mlfq": Policy(_call_service, call_turn),
+    "plas": Policy(_program_service, program_turn, is_shared=True),
+    "atlas": Policy(_path_service, program_turn),
+    "gittins": Policy(_rank, due_turn, is_shared=True, is_learned=True),
 }
 
 

@@ -95,6 +95,7 @@ class Program:
     key: ProgramKey
     seq: int
     is_anonymous: bool  # made for a single call that named no program
+    arrived: float  # clock
     last_active_s: float
     is_ended: bool = False
     awaits_samples: bool = False  # the call that finished last was their warm-up
@@ -109,7 +110,7 @@ class Program:
     stalled_since: float | None = None
     promote_at: float | None = None  # clock at which a call of it is promoted, if still stalled
     num_calls: int = 0
-    size: Size | None = None  # what is learned from it; None before its first call
+    size: Size | None = field(default=None, repr=False)  # None before its first call
     rank: float = 0.0  # in steps, less is better; kept where the policy is learned
 
     @property
@@ -242,7 +243,7 @@ class ProgramTable:
         key = (tenant, program_id)
         program = self._programs.get(key)
         if program is None:
-            program = Program(key, self._take_seq(), is_anonymous, self.now_s)
+            program = Program(key, self._take_seq(), is_anonymous, self.clock, self.now_s)
             self._programs[key] = program
             self._num_idle += 1
             self.counters.num_programs += 1
@@ -334,11 +335,14 @@ class ProgramTable:
             ends_program and not is_warm_up, handle, is_warm_up,
         )  # fmt: skip
         self._num_idle -= not program.is_live
-        if program.size is None:
-            self._enter_size(program, kinds)
-        elif not program.is_live:
-            self.sizes.resume(program.size)
+        size = program.size or self._enter_size(program, kinds)
         if not program.is_live:
+            self.sizes.resume(size)
+        num_live = len(program.waiting) + len(program.running) + 1
+        if self.sizes.widen(size, num_live, program.service):
+            self._rank(program)
+            self._place_calls(program)
+        elif not program.is_live:
             self._rank(program)
         self._calls[rid] = call
         program.by_call_id.setdefault(call.call_id, []).append(call)
@@ -400,7 +404,7 @@ class ProgramTable:
     def charge(self, call: Call, steps: float) -> None:
         """Add service to a running call and its program; demotes what crosses a level's end."""
         program = call.program
-        level_before = program.level
+        level_before, rank_before = program.level, program.rank
         call.service += steps
         program.service += steps
         assert program.size is not None
@@ -410,9 +414,8 @@ class ProgramTable:
         if call.promoted_until is not None and call.service >= call.promoted_until:
             self._end_promotion(call)
         self._place(call)
-        if self.policy.is_shared and program.level != level_before:
-            for sibling in (*program.running, *program.waiting):
-                self._place(sibling)
+        if self.policy.is_shared and (program.level, program.rank) != (level_before, rank_before):
+            self._place_calls(program)
 
     def advance(self, steps: float) -> None:
         """Move the virtual clock over one executed batch, then promote who starves."""
@@ -441,14 +444,15 @@ class ProgramTable:
 
     # -- sizes -----------------------------------------------------------------------------------
 
-    def _enter_size(self, program: Program, kinds: Ladder) -> None:
+    def _enter_size(self, program: Program, kinds: Ladder) -> Size:
         """Count a new program; every so often bring all others up to what was learned since."""
-        program.size = self.sizes.enter(kinds)
+        program.size = size = self.sizes.enter(kinds)
         if self.sizes.all.num_programs % RELEARN_EVERY == 0:
             levels = self.levels.for_mean(self.sizes.all.mean_service())
             if self.policy.is_learned or levels is not self.levels:
                 self.levels = levels
                 self._place_all()
+        return size
 
     def _rank(self, program: Program) -> None:
         if self.policy.is_learned and program.size is not None:
@@ -458,12 +462,15 @@ class ProgramTable:
         for program in dict.fromkeys(call.program for call in self._calls.values()):
             self._rank(program)
             program.level = 0
-            for call in (*program.running, *program.waiting):
-                self._place(call)
+            self._place_calls(program)
             if program.promote_at is None:
                 self._watch(program)  # its calls may have needed no promotion before, at level 0
 
     # -- levels and order ------------------------------------------------------------------------
+
+    def _place_calls(self, program: Program) -> None:
+        for call in (*program.running, *program.waiting):
+            self._place(call)
 
     def _place(self, call: Call) -> None:
         """Set the call's level and key from its attained service, or from its promotion."""
@@ -477,9 +484,8 @@ class ProgramTable:
             self.counters.num_demotions += level > call.level
             self.num_events += 1
             call.level = level
-        group = call.program.seq if self.policy.groups_programs else call.seq
         # Inside level 0 first of all, or an older program with many calls there could starve it.
-        key = (-1 if call.is_promoted else level, group, call.seq)
+        key = (-1 if call.is_promoted else level, self.policy.turn(call), call.seq)
         if key != call.order_key:
             call.order_key = key
             self.queue.touch(call)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from autellix_sglang.core.program import Call
 
-Key = tuple[int, int, int]
+Key = tuple[int, float, int]
 _Entry = tuple[Key, "Call"]
 _RESORT_SHARE = 16  # a full sort beats single moves once 1/16 of the entries are stale
 

@@ -18,14 +18,22 @@ anew. Where not even all traffic foretells better than the prior, the rank is th
 That comes late where a kind holds programs back that are short of a sudden, for those tell nothing
 until they run. So a kind makes a rank at most `HOLD_BACK` times the prior's.
 
+How many calls a program has at once goes along with what it takes in all. So one that has had more
+than a single call at once, a wide one, leaves the kinds of the narrow and is counted among the wide
+of its kinds, by its service over `width ** WIDTH_POWER`. What one width takes so tells of another.
+Its width is what has been seen of it; when it grows, what was counted is moved along. The wide
+show in time what they are, by their width and soon by what they receive, so nothing limits how far
+their kinds hold them back.
+
 Standard library only. No clock and no chance: everything follows from the order of the calls.
 """
 
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
@@ -41,13 +49,16 @@ MIDDLES: Final = tuple(low + width / 2 for low, width in zip(EDGES, WIDTHS, stri
 PRIOR_HAZARD: Final = 1 - 2 ** (-1 / PER_OCTAVE)  # half of the programs end per octave of service
 PRIOR_WEIGHT: Final = 1.0  # programs that the rung above stands for
 HALF_LIFE: Final = 256  # programs
-CREDIT: Final = 2.0  # nats: a rung's score is never more, and it is forgotten below minus that
+CREDIT: Final = 2.0  # nats: a rung's score is never more
+DEBT: Final = 6.0  # nats: below minus that it is forgotten
 RELEARN: Final = 8  # programs of a forgotten kind that must end before it is heeded again
 SCORE_HALF_LIFE: Final = 16  # programs of its kind
 LEAST_CHANCE: Final = 0.02  # no rung is surer than that of where a program ends
 MAX_KINDS: Final = 1024  # remembered; the longest unseen go first
 LEADING_TOKENS: Final = 64  # what tells system prompts apart
-HOLD_BACK: Final = 2.0  # times the prior's rank
+HOLD_BACK: Final = 2.0  # times the prior's rank, for programs with one call at a time
+WIDTH_POWER: Final = 0.75  # of the number of calls at once, that service grows with
+WIDER: Final = 2 ** (1 / PER_OCTAVE)  # times as many calls at once as before make a wider program
 REWARD: Final = 1.0  # a program of S steps is worth S ** -REWARD when it ends
 _NOTHING: Final = 1e-9  # programs: decides only where none was seen
 _SCORE_DECAY: Final = 2.0 ** (-1 / SCORE_HALF_LIFE)
@@ -114,6 +125,11 @@ class Kind:
         self._judge(1 - self.chance(bucket), 1 - self._chance_above(bucket))
         self._passed[bucket] += self._weight(number)
 
+    def recount_passed(self, number: int, bucket: int, times: int) -> None:
+        """Count a program once more (1), or once less (-1), as gone on beyond a bucket."""
+        count = self._passed[bucket] + times * self._weight(number)
+        self._passed[bucket] = max(0.0, count)
+
     def note_ended(self, number: int, bucket: int) -> None:
         """A program ended in a bucket, so far."""
         self._ended[bucket] += self._weight(number)
@@ -135,7 +151,7 @@ class Kind:
     def _judge(self, chance: float, chance_above: float) -> None:
         gain = max(-CREDIT, log(chance / chance_above))  # one stray program is no drift
         self.score = min(CREDIT, self.score + gain)
-        if self.score < -CREDIT:
+        if self.score < -DEBT:
             self.score = 0.0
             self._is_forgotten = True
             self._ended = array("d", bytes(8 * NUM_BUCKETS))
@@ -214,13 +230,45 @@ PRIOR_RANKS: Final = tuple(rank((PRIOR_HAZARD,) * NUM_BUCKETS, i) for i in range
 
 
 @dataclass(slots=True, eq=False)
-class Size:
-    """What is counted of one program: the rungs, its number on each, and how far it has come."""
+class Standing:
+    """How far a program has come among programs of its kinds.
+
+    `bucket` is that of its service over `scale`, `edge` the service at which it leaves it.
+    """
 
     rungs: tuple[Kind, ...]
-    numbers: tuple[int, ...]
+    numbers: tuple[int, ...]  # its own on each rung
+    scale: float = 1.0
     bucket: int = 0
-    edge: float = EDGES[1]  # service at which it leaves its bucket
+    edge: float = EDGES[1]
+
+    @property
+    def counts(self) -> Iterable[tuple[Kind, int]]:
+        return zip(self.rungs, self.numbers, strict=True)
+
+    def move(self, bucket: int) -> None:
+        self.bucket = bucket
+        self.edge = EDGES[bucket + 1] * self.scale if bucket + 1 < NUM_BUCKETS else inf
+
+    def rescale(self, scale: float, service: float) -> None:
+        """Count what the program has passed by another scale."""
+        self.scale = scale
+        bucket = bisect_right(EDGES, service / scale) - 1
+        times = 1 if bucket > self.bucket else -1
+        for rung, number in self.counts:
+            for passed in range(min(bucket, self.bucket), max(bucket, self.bucket)):
+                rung.recount_passed(number, passed, times)
+        self.move(bucket)
+
+
+@dataclass(slots=True, eq=False)
+class Size:
+    """What is counted of one program: among all traffic and its kinds; if wide, among the wide."""
+
+    ladder: Ladder
+    standings: list[Standing]  # the last one makes its rank
+    width: int = 1  # calls at once, the most so far
+    edge: float = EDGES[1]  # service at which any standing changes
     is_ended: bool = False
 
 
@@ -229,14 +277,35 @@ class Sizes:
 
     def __init__(self) -> None:
         self.all = Kind(None)
+        self.all_wide = Kind(None)
         self._kinds: OrderedDict[tuple[str, ...], Kind] = OrderedDict()
 
     def enter(self, ladder: Ladder) -> Size:
         """Count a new program as one of these kinds."""
-        rungs = [self.all]
+        return Size(ladder, [self._standing(self.all, ladder)])
+
+    def widen(self, size: Size, num_calls: int, service: float) -> bool:
+        """A program has so many calls at once; returns whether it is wider than it was known to be.
+
+        Its first standing goes on among all traffic alone, which the mean is taken of.
+        """
+        if num_calls < 2 or num_calls < size.width * WIDER:
+            return False
+        size.width = num_calls
+        if len(size.standings) == 1:
+            first = size.standings[0]
+            first.rungs, first.numbers = first.rungs[:1], first.numbers[:1]
+            wide = tuple((*name, "wide") for name in size.ladder)
+            size.standings.append(self._standing(self.all_wide, wide))
+        size.standings[-1].rescale(num_calls**WIDTH_POWER, service)
+        size.edge = min(standing.edge for standing in size.standings)
+        return True
+
+    def _standing(self, root: Kind, ladder: Ladder) -> Standing:
+        rungs = [root]
         for name in ladder:
             rungs.append(self._kind(name, rungs[-1]))
-        return Size(tuple(rungs), tuple(rung.enter() for rung in rungs))
+        return Standing(tuple(rungs), tuple(rung.enter() for rung in rungs))
 
     def _kind(self, name: tuple[str, ...], parent: Kind) -> Kind:
         kind = self._kinds.get(name)
@@ -249,38 +318,44 @@ class Sizes:
 
     def attain(self, size: Size, service: float) -> None:
         """A program's service has grown to this."""
-        while service >= size.edge:
-            for rung, number in zip(size.rungs, size.numbers, strict=True):
-                rung.note_passed(number, size.bucket)
-            size.bucket += 1
-            size.edge = EDGES[size.bucket + 1] if size.bucket + 1 < NUM_BUCKETS else inf
+        for standing in size.standings:
+            while service >= standing.edge:
+                for rung, number in standing.counts:
+                    rung.note_passed(number, standing.bucket)
+                standing.move(standing.bucket + 1)
+        size.edge = min(standing.edge for standing in size.standings)
 
     def rest(self, size: Size) -> None:
         """A program has no live call any more: it counts as complete so far."""
         if not size.is_ended:
             size.is_ended = True
-            for rung, number in zip(size.rungs, size.numbers, strict=True):
-                rung.note_ended(number, size.bucket)
+            for standing in size.standings:
+                for rung, number in standing.counts:
+                    rung.note_ended(number, standing.bucket)
 
     def resume(self, size: Size) -> None:
         """A program has a live call again: it was not complete."""
         if size.is_ended:
             size.is_ended = False
-            for rung, number in zip(size.rungs, size.numbers, strict=True):
-                rung.take_back_end(number, size.bucket)
+            for standing in size.standings:
+                for rung, number in standing.counts:
+                    rung.take_back_end(number, standing.bucket)
 
     def leave(self, size: Size) -> None:
         """A program is forgotten: if it was complete, it stays so."""
         if size.is_ended:
-            for rung in size.rungs:
-                rung.note_gone(size.bucket)
+            for standing in size.standings:
+                for rung in standing.rungs:
+                    rung.note_gone(standing.bucket)
 
     def rank(self, size: Size) -> float:
         """A program's rank in steps, by the most specific of its kinds that is to be trusted."""
-        prior = PRIOR_RANKS[size.bucket]
-        for rung in reversed(size.rungs):
+        standing = size.standings[-1]
+        prior = PRIOR_RANKS[standing.bucket]
+        most = HOLD_BACK * prior if size.width == 1 else inf
+        for rung in reversed(standing.rungs):
             if rung.has_drifted:
                 break
             if rung.is_trusted:
-                return min(rung.rank(size.bucket), HOLD_BACK * prior)
-        return prior
+                return standing.scale * min(rung.rank(standing.bucket), most)
+        return standing.scale * prior

@@ -4,7 +4,7 @@ import argparse
 import json
 from collections import Counter
 
-from bench.gittins import ALIKE, Limit, Verdict, cases, grown, main, swapped
+from bench.gittins import ALIKE, Limit, Verdict, cases, cut, grown, main, swapped
 from bench.sim import Setup
 from bench.sim_device import PRESETS
 from bench.sim_engine import Kinds, blueprint
@@ -38,6 +38,20 @@ def test_grown_programs_look_like_the_small_ones():
 
     assert {kind_of(plan) for plan in drawn} == {"synthetic-chat"}
     assert {plan.trace.kind for plan in drawn[10:]} == {"tree"}
+
+
+def test_programs_that_are_cut_look_the_same_and_are_over_sooner():
+    """From the middle on a tree has the calls of its first two steps; chats stay as they are."""
+    plans = [*plans_of("tree", 3), *plans_of("chat", 3)]
+    drawn = cut(plans, Kinds.NAME)(12)
+
+    assert drawn[:6] == plans
+    assert drawn[9:] == plans[3:]
+    for before, after in zip(plans[:3], drawn[6:9], strict=True):
+        assert after.ladder == before.ladder
+        calls = after.trace.calls
+        assert calls == before.trace.calls[: len(calls)]
+        assert 1 < len(calls) < len(before.trace.calls)
 
 
 def test_the_wide_mix_is_the_recorded_one_and_more(tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from autellix_sglang.config import ProgramConfig
+from autellix_sglang.core.policy import call_turn
 from autellix_sglang.errors import ConfigError
 from bench.sim_engine import Scheduling
 from bench.sweep import AXES, Row, Store, choices, main, num_levels, print_tables, scheduling
@@ -37,7 +38,7 @@ def test_ties_and_units_become_policy_and_weight():
     """`call` orders a level by the call's own arrival; `tokens` charges prefill like output."""
     chosen = scheduling(BASE, {"tie": "call", "unit": "tokens"})
 
-    assert not chosen.policy.groups_programs
+    assert chosen.policy.turn is call_turn
     assert chosen.policy.is_shared
     assert chosen.config.prefill_weight == 1.0
 
@@ -80,17 +81,18 @@ def result_of(capsys):
 
 
 def test_the_command_prints_ratios_to_stock_order(capsys):
-    """Every choice has its ratios; with fcfs as the policy nothing matters and all are 1."""
+    """Every choice has its ratios; with fcfs as the policy all that is not the order is 1."""
     assert main([*COMMAND.split(), "--program-policy", "fcfs"]) == 0
     result = result_of(capsys)
 
     assert [row["values"] for row in result["rows"]] == [
-        {"tie": "program"}, {"tie": "call"},
+        {"tie": "policy"}, {"tie": "program"}, {"tie": "call"},
         {"unit": "steps"}, {"unit": "tokens"}, {"unit": "outputs"},
     ]  # fmt: skip
     for row in result["rows"]:
         assert row["workload"] == "chat"
-        assert all(ratio == pytest.approx(1.0) for ratio in row["ratios"].values())
+        is_stock = all(ratio == pytest.approx(1.0) for ratio in row["ratios"].values())
+        assert is_stock == (row["values"] != {"tie": "program"})
 
 
 def test_a_sweep_in_slices_is_the_sweep_in_one_go(capsys, tmp_path):
@@ -104,7 +106,7 @@ def test_a_sweep_in_slices_is_the_sweep_in_one_go(capsys, tmp_path):
         assert main([*COMMAND.split(), "--store", str(path)]) == 0
     last = result_of(capsys)
 
-    assert len(first["rows"]) < len(whole["rows"]) == 5
+    assert len(first["rows"]) < len(whole["rows"]) == 6
     assert last["rows"] == whole["rows"] == json.loads(path.read_text())["rows"]
     assert last["cpu_s"] == pytest.approx(json.loads(path.read_text())["cpu_s"])
 

@@ -166,7 +166,10 @@ def test_siblings_move_when_the_charge_also_ends_a_promotion() -> None:
 
 
 def test_groups_keep_a_program_together() -> None:
-    """Inside a level PLAS and ATLAS serve program by program, FCFS and MLFQ call by call."""
+    """Inside a level PLAS and ATLAS serve program by program, FCFS and MLFQ call by call.
+
+    Gittins does so too, and puts the program first that asks for less at once.
+    """
     order = {}
     for policy in POLICIES:
         table = table_of(policy)
@@ -179,14 +182,17 @@ def test_groups_keep_a_program_together() -> None:
         "mlfq": mixed,
         "plas": grouped,
         "atlas": grouped,
-        "gittins": grouped,
+        "gittins": ["b1", "a1", "a2"],
     }
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [name for name in POLICIES if not POLICIES[name].is_learned])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_call_moves_up_only_by_promotion(policy: str, seed: int) -> None:
-    """Over a whole run no call gets a better level than it had, unless it is promoted."""
+    """Over a whole run no call gets a better level than it had, unless it is promoted.
+
+    A learned rank may get better: as a program comes near to the size that its kind has.
+    """
     rng = random.Random(seed)
     config = ProgramConfig(policy=policy, quantum=4, levels=5, beta=2, min_run=1)
     engine = FakeEngine(config, num_slots=3)

@@ -10,11 +10,27 @@ import pytest
 from autellix_sglang.config import ProgramConfig
 from autellix_sglang.core import sizes
 from autellix_sglang.core.policy import LAST_SHARE, TOLERANCE, Levels
-from autellix_sglang.core.program import Program, ProgramTable
-from autellix_sglang.core.sizes import EDGES, NUM_BUCKETS, PRIOR_HAZARD, Kind, Sizes, ladder_of
+from autellix_sglang.core.program import Call, Program, ProgramTable
+from autellix_sglang.core.sizes import (
+    EDGES,
+    NUM_BUCKETS,
+    PRIOR_HAZARD,
+    Kind,
+    Size,
+    Sizes,
+    ladder_of,
+)
 from autellix_sglang.testing import FakeEngine, Job, table_from
 
 SHORT, LONG = (("short",),), (("long",),)
+
+
+def rungs_of(size: Size) -> tuple[Kind, ...]:
+    return size.standings[-1].rungs
+
+
+def bucket_of(size: Size) -> int:
+    return size.standings[-1].bucket
 
 
 def teach(known: Sizes, ladder: sizes.Ladder, services: list[float]) -> None:
@@ -36,7 +52,7 @@ def own_rank_at(known: Sizes, ladder: sizes.Ladder, service: float) -> float:
     """The rank by the program's narrowest kind alone, which nothing limits."""
     size = known.enter(ladder)
     known.attain(size, service)
-    return size.rungs[-1].rank(size.bucket)
+    return rungs_of(size)[-1].rank(bucket_of(size))
 
 
 # -- what is counted -----------------------------------------------------------------------------
@@ -55,7 +71,7 @@ def test_hazard_is_the_share_that_ends_in_a_bucket() -> None:
     known = Sizes()
     first = known.enter(())
     teach(known, (), [200.0] * 3)
-    bucket = known.enter(()).bucket
+    bucket = bucket_of(known.enter(()))
     known.attain(first, 100)
     kind = known.all
     kind._refresh_now()
@@ -79,7 +95,7 @@ def test_an_idle_program_counts_as_complete_until_it_goes_on() -> None:
         often.rest(size)
         often.resume(size)
     often.rest(size)
-    for rung, same in zip(size.rungs, once.enter(SHORT).rungs, strict=True):
+    for rung, same in zip(rungs_of(size), rungs_of(once.enter(SHORT)), strict=True):
         assert rung._ended == same._ended
         assert rung._passed == same._passed
 
@@ -110,7 +126,7 @@ def test_kinds_are_bounded() -> None:
         if i % 100 == 0:
             teach(known, SHORT, [100.0])
     assert len(known._kinds) == sizes.MAX_KINDS
-    assert known.enter(SHORT).rungs[1].num_programs > 3 * sizes.MAX_KINDS / 100
+    assert rungs_of(known.enter(SHORT))[1].num_programs > 3 * sizes.MAX_KINDS / 100
 
 
 # -- ranks ---------------------------------------------------------------------------------------
@@ -152,7 +168,7 @@ def test_a_kind_holds_a_program_back_so_far_and_no_further(service: float) -> No
     teach(known, LONG, [50_000.0] * 50)
     size = known.enter(LONG)
     known.attain(size, service)
-    assert known.rank(size) == sizes.HOLD_BACK * sizes.PRIOR_RANKS[size.bucket]
+    assert known.rank(size) == sizes.HOLD_BACK * sizes.PRIOR_RANKS[bucket_of(size)]
     assert own_rank_at(known, LONG, service) > known.rank(size)
 
 
@@ -162,7 +178,94 @@ def test_an_unknown_kind_is_taken_for_the_average() -> None:
     teach(known, SHORT, [100.0] * 50)
     size = known.enter((("never seen",),))
     known.attain(size, 80.0)
-    assert known.rank(size) == known.all.rank(size.bucket)
+    assert known.rank(size) == known.all.rank(bucket_of(size))
+
+
+# -- width ---------------------------------------------------------------------------------------
+
+
+def wide(known: Sizes, ladder: sizes.Ladder, num_calls: int, service: float) -> Size:
+    """A program that has had so many calls at once, and received so much."""
+    size = known.enter(ladder)
+    known.attain(size, min(service, 10.0))
+    known.widen(size, num_calls, min(service, 10.0))
+    known.attain(size, service)
+    return size
+
+
+def teach_wide(known: Sizes, num_calls: int, service: float, count: int = 30) -> None:
+    for _ in range(count):
+        known.rest(wide(known, LONG, num_calls, service))
+
+
+def test_a_wide_program_is_taken_for_a_large_one() -> None:
+    """With nothing learned, who asks for more at once goes after who asks for less."""
+    known = Sizes()
+    ranks = [known.rank(wide(known, (), num_calls, 10.0)) for num_calls in (1, 4, 16, 64)]
+    assert all(2 * low < high for low, high in pairwise(ranks))
+
+
+@pytest.mark.parametrize("other", [5, 80])
+def test_programs_of_one_width_tell_of_those_of_another(other: int) -> None:
+    """What 20 calls at once have taken, others take times their number to the power."""
+    known = Sizes()
+    teach_wide(known, 20, 5000.0)
+    expected = 5000.0 * (other / 20) ** sizes.WIDTH_POWER
+    assert known.rank(wide(known, LONG, other, 10.0)) == pytest.approx(expected, rel=0.2)
+
+
+def test_a_wide_program_leaves_the_kinds_of_the_narrow() -> None:
+    """From then on it is counted among the wide; of the narrow it says that it went on so far."""
+    known = Sizes()
+    narrow = rungs_of(known.enter(LONG))[-1]
+    teach_wide(known, 8, 5000.0)
+    assert narrow.num_ended == 0
+    assert sum(narrow._passed) > 0
+    assert not any(narrow._passed[2:])  # beyond 10 steps
+    teach(known, LONG, [100.0] * 30)
+    assert own_rank_at(known, LONG, 0) == pytest.approx(100, rel=0.2)
+    size = wide(known, LONG, 8, 10.0)
+    assert known.rank(size) == pytest.approx(5000, rel=0.2)
+
+
+def test_what_was_counted_moves_along_when_a_program_gets_wider() -> None:
+    """However it came to its width, it is counted as if it had had it from the start."""
+    at_once, by_and_by = Sizes(), Sizes()
+    sizes_seen = []
+    for known, steps in (
+        (at_once, [(40, 10.0)]),
+        (by_and_by, [(2, 10.0), (3, 10.0), (12, 200.0), (40, 900.0)]),
+    ):
+        size = known.enter(LONG)
+        for num_calls, service in steps:
+            known.attain(size, service)
+            assert known.widen(size, num_calls, service)
+        known.attain(size, 4000.0)
+        known.rest(size)
+        sizes_seen.append(size)
+    one, other = sizes_seen
+    assert bucket_of(one) == bucket_of(other) > 0
+    for rung, same in zip(rungs_of(one), rungs_of(other), strict=True):
+        assert list(rung._passed) == pytest.approx(list(same._passed))
+        assert list(rung._ended) == pytest.approx(list(same._ended))
+
+
+def test_a_few_more_calls_make_no_wider_program() -> None:
+    """Width counts in steps of a bucket, so a fan-out of thousands is placed anew some 40 times."""
+    known = Sizes()
+    size = known.enter(())
+    num_wider = sum(known.widen(size, num_calls, 0.0) for num_calls in range(1, 4001))
+    assert 30 < num_wider < 45
+    assert not known.widen(size, 10, 0.0)
+
+
+def test_the_mean_is_that_of_all_programs_wide_or_not() -> None:
+    """What is learned of the scale takes a wide program's service as it is."""
+    known = Sizes()
+    for _ in range(100):
+        teach(known, SHORT, [1000.0])
+        teach_wide(known, 30, 9000.0, count=1)
+    assert known.all.mean_service() == pytest.approx(5000, rel=0.2)
 
 
 # -- drift ---------------------------------------------------------------------------------------
@@ -182,7 +285,7 @@ def test_a_kind_that_drifts_falls_back_to_plas_and_is_learned_anew() -> None:
     for _ in range(50):
         gone(known, SHORT, 100.0)
         gone(known, LONG, 5000.0)
-    kind = known.enter(LONG).rungs[1]
+    kind = rungs_of(known.enter(LONG))[1]
     assert kind.is_trusted
     num_needed = 0
     while not kind.has_drifted:
@@ -203,7 +306,7 @@ def test_a_kind_that_stays_as_it_was_keeps_its_say() -> None:
     for _ in range(300):
         gone(known, SHORT, rng.lognormvariate(5, 0.8))
         gone(known, LONG, rng.lognormvariate(8, 0.8))
-        num_trusted += known.enter(LONG).rungs[1].is_trusted
+        num_trusted += rungs_of(known.enter(LONG))[1].is_trusted
     assert num_trusted > 200
 
 
@@ -295,6 +398,39 @@ def test_ranks_depend_on_the_messages_alone() -> None:
         return seen
 
     assert levels_seen() == levels_seen()
+
+
+def fan_out(table: ProgramTable, program_id: str, num_calls: int) -> list[Call]:
+    rids = [f"{program_id}{i}" for i in range(num_calls)]
+    return [table.open_call(rid, program_id=program_id, kinds=LONG) for rid in rids]
+
+
+def test_the_smaller_fan_out_goes_first_though_it_came_later() -> None:
+    """Among programs of a kind known to be long; one that has waited for its rank is not passed."""
+    table = gittins(beta=0)
+    for i in range(30):
+        for call in fan_out(table, f"seen{i}-", 8):
+            table.start(call)
+            table.charge(call, 500)
+            table.finish(call)
+    large = fan_out(table, "large", 32)
+    small = fan_out(table, "small", 4)
+    assert list(table.queue)[:4] == small
+    assert {call.level for call in small + large} == {table.levels.count - 1}
+    table.advance(20_000)
+    late = fan_out(table, "late", 4)
+    assert list(table.queue) == [*small, *large, *late]
+    table.check_integrity()
+
+
+def test_a_program_that_grows_wider_is_placed_anew_with_all_its_calls() -> None:
+    """The first calls of a fan-out do not stay in front of the later ones."""
+    table = gittins()
+    calls = fan_out(table, "p", 64)
+    assert len({call.level for call in calls}) == 1
+    assert calls[0].level > 0
+    assert list(table.queue) == calls
+    table.check_integrity()
 
 
 # -- the learned scale ---------------------------------------------------------------------------
