@@ -8,7 +8,8 @@
     python -m bench.router --only live --trace bfcl.jsonl.gz --peer-python peer/bin/python
 
 *Placement*: programs arrive in a Poisson process at simulated engines (`bench/sim_fleet.py`), once
-per policy; the same arrivals, so only placement differs. *Scaling*: the rate that 1, 2, 4 and 8
+per policy; the same arrivals, so only placement differs. `--policies pooled` is a bound: one engine
+as wide as all replicas, with one queue and one cache. *Scaling*: the rate that 1, 2, 4 and 8
 replicas sustain under `autellix`, which is where the mean program token latency has doubled from
 that of one replica at the lowest load. *Overhead*: real processes and sockets, a replica that
 answers at once, and calls through nothing, through our router, and through the published
@@ -53,8 +54,8 @@ from bench.common import (
 )
 from bench.replay import poisson_arrivals
 from bench.routing_overhead import Overhead
-from bench.sim import FEW_PROGRAMS, SLOTS, Setup, capacity, rate_at
-from bench.sim_device import PRESETS
+from bench.sim import FEW_PROGRAMS, SLOTS, Setup, capacity, rate_at, simulate
+from bench.sim_device import PRESETS, pooled
 from bench.sim_engine import Blueprint, blueprint
 from bench.sim_fleet import POLICY_NAMES, SimFleet
 from bench.stats import ratio, summarize
@@ -63,6 +64,7 @@ from bench.synthetic import corpora
 PARTS: Final = ("placement", "scaling", "overhead")
 LIVE: Final = "live"  # only if asked for
 MIX: Final = "mix"
+POOLED: Final = "pooled"  # no policy, but a bound for all of them; only if asked for
 KINDS: Final = ("react", "chat", "tree")  # built in, where no trace is given
 QUICK_KINDS: Final = ("react", "chat")
 OURS: Final = "autellix"
@@ -140,14 +142,18 @@ def run(task: Task) -> dict[str, Any]:
     rate = task.load * task.num_replicas * capacity(setup, few)
     count = math.ceil(_settled_s(task.minutes, few) * rate)
     plans = _plans(task.sources, count, task.seed, max_tokens)
-    fleet = SimFleet(
-        task.policy,
-        task.num_replicas,
-        setup.device,
-        setup.scheduling(task.engine_policy),
-        num_slots=SLOTS,
-    )
-    summary = summarize(fleet.run(plans, poisson_arrivals(count, rate, task.seed)))
+    arrivals_s = poisson_arrivals(count, rate, task.seed)
+    if task.policy == POOLED:
+        wide = _pooled(setup, task.num_replicas)
+        made = simulate(wide, wide.scheduling(task.engine_policy), plans, arrivals_s)
+        balance = 1.0
+    else:
+        scheduling = setup.scheduling(task.engine_policy)
+        size = task.num_replicas
+        fleet = SimFleet(task.policy, size, setup.device, scheduling, num_slots=SLOTS)
+        made = fleet.run(plans, arrivals_s)
+        balance = fleet.balance
+    summary = summarize(made)
     assert summary["lost"] == 0, "a call was lost"
     kept = ("program_token_latency_ms", "prefix_hit_rate", "wait_share", "programs", "calls")
     return {
@@ -157,8 +163,20 @@ def run(task: Task) -> dict[str, Any]:
         "load": task.load,
         "rate": rate,
         **{key: summary[key] for key in kept},
-        "balance": fleet.balance,
+        "balance": balance,
     }
+
+
+def _pooled(setup: Setup, num_replicas: int) -> Setup:
+    """All replicas as one engine, in which a step still weighs as much."""
+    weight = setup.config.prefill_weight or setup.device.prefill_weight
+    return replace(
+        setup,
+        device=pooled(setup.device, num_replicas),
+        num_slots=num_replicas * setup.num_slots,
+        chunk_tokens=num_replicas * setup.chunk_tokens,
+        config=setup.config.replace(prefill_weight=weight),
+    )
 
 
 def placement_tasks(options: argparse.Namespace, workloads: Sequence[Sources]) -> list[Task]:
@@ -177,7 +195,7 @@ def placement_tasks(options: argparse.Namespace, workloads: Sequence[Sources]) -
         for sources in workloads
         for i, num_replicas in enumerate(options.replicas)
         for load in options.loads
-        for policy in (MORE_POLICIES if i else POLICY_NAMES)
+        for policy in (*(MORE_POLICIES if i else POLICY_NAMES), POOLED)
         if policy in (OURS, *options.policies)
     ]
 
@@ -359,8 +377,8 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=5.0, help="per overhead measurement (%(default)s)")
     add("--peer-python", help="a Python with sglang-router, if it is not this one")
     add("--repeats", type=int, default=2, help="of each live run (%(default)s)")
-    add("--policies", nargs="+", choices=POLICY_NAMES, default=POLICY_NAMES,
-        help=f"of placement, besides {OURS} (default: all)")  # fmt: skip
+    add("--policies", nargs="+", choices=[*POLICY_NAMES, POOLED], default=POLICY_NAMES,
+        help=f"of placement, besides {OURS} (default: all but {POOLED})")  # fmt: skip
     add("--only", nargs="+", choices=[*PARTS, LIVE], default=PARTS,
         help=f"the parts to run (default: all but {LIVE})")  # fmt: skip
     add("--out", type=Path, help="also write the result to this file")

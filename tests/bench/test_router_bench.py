@@ -68,6 +68,21 @@ def test_mix_is_one_workload_of_equal_parts(tmp_path, capsys):
     ]
 
 
+def test_pooled_replicas_bound_what_placement_wins(capsys):
+    """One engine of their width is the quickest; with one replica it is that replica."""
+    asked = ["--quick", "--minutes", "0.5", "--replicas", "4", "1", "--only", "placement"]
+    assert router.main([*asked, "--policies", "least-used", "pooled"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    mean = {
+        (r["workload"], r["replicas"], r["policy"]): r["program_token_latency_ms"]["mean"]
+        for r in rows
+    }
+    for kind in router.QUICK_KINDS:
+        assert mean[kind, 4, "pooled"] < mean[kind, 4, "autellix"]
+        assert mean[kind, 4, "pooled"] < mean[kind, 4, "least-used"]
+        assert mean[kind, 1, "pooled"] == pytest.approx(mean[kind, 1, "autellix"])
+
+
 def test_sustained_rate_is_where_latency_has_doubled():
     """The level is twice the latency of one replica at its lowest rate, for every size."""
 
