@@ -2,28 +2,32 @@
 
     python -m bench.router --quick
     python -m bench.router --trace bfcl.jsonl.gz --trace sharegpt.jsonl.gz --replicas 4 16
+    python -m bench.router --mix --trace bfcl.jsonl.gz --trace sharegpt.jsonl.gz --out mix.json
     python -m bench.router --only placement --policies autellix --replicas 1000 --minutes 0.05
     python -m bench.router --only overhead --peer-python peer/bin/python
     python -m bench.router --only live --trace bfcl.jsonl.gz --peer-python peer/bin/python
 
 *Placement*: programs arrive in a Poisson process at simulated engines (`bench/sim_fleet.py`), once
-per policy; the same arrivals, so only placement differs. *Scaling*: the rate that 1, 2, 4 and 8
+per policy; the same arrivals, so only placement differs. `--policies pooled` is a bound: one engine
+as wide as all replicas, with one queue and one cache. *Scaling*: the rate that 1, 2, 4 and 8
 replicas sustain under `autellix`, which is where the mean program token latency has doubled from
 that of one replica at the lowest load. *Overhead*: real processes and sockets, a replica that
 answers at once, and calls through nothing, through our router, and through the published
 sglang-router where it is installed (`bench/routing_overhead.py`). *Live*, only if asked for: the
 first workload through both routers before replicas that sleep (`bench/routing_live.py`).
 
-Programs arrive for `--minutes`, or five times what a program spends in recorded gaps if that is
-longer: before that there is no steady state. Load 1 is the rate that would keep every replica in
-full batches all the time with all that programs share with their own history cached, as in
-`bench.sim`. That is more than any placement reaches, so there are queues at 1 and, for placements
-that lose the cache, well below it. The last line of stdout is one JSON object.
+Every trace is a workload, or with `--mix` all of them are one, in equal numbers of programs.
+Programs arrive for `--minutes`, or five times what the programs of a trace spend in recorded gaps
+if that is longer: before that there is no steady state. Load 1 is the rate that would keep every
+replica in full batches all the time with all that programs share with their own history cached, as
+in `bench.sim`. That is more than any placement reaches, so there are queues at 1 and, for
+placements that lose the cache, well below it. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -33,16 +37,25 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Final
 
 from autellix_sglang.config import ProgramConfig
 from autellix_sglang.core.policy import POLICIES as ENGINE_POLICIES
 from bench import routing_live, trace
-from bench.common import Progress, format_table, new_parser, print_result, provenance, say
+from bench.common import (
+    Progress,
+    format_table,
+    new_parser,
+    print_result,
+    provenance,
+    say,
+    write_result,
+)
 from bench.replay import poisson_arrivals
 from bench.routing_overhead import Overhead
-from bench.sim import FEW_PROGRAMS, SLOTS, Setup, capacity, rate_at
-from bench.sim_device import PRESETS
+from bench.sim import FEW_PROGRAMS, SLOTS, Setup, capacity, rate_at, simulate
+from bench.sim_device import PRESETS, pooled
 from bench.sim_engine import Blueprint, blueprint
 from bench.sim_fleet import POLICY_NAMES, SimFleet
 from bench.stats import ratio, summarize
@@ -50,6 +63,8 @@ from bench.synthetic import corpora
 
 PARTS: Final = ("placement", "scaling", "overhead")
 LIVE: Final = "live"  # only if asked for
+MIX: Final = "mix"
+POOLED: Final = "pooled"  # no policy, but a bound for all of them; only if asked for
 KINDS: Final = ("react", "chat", "tree")  # built in, where no trace is given
 QUICK_KINDS: Final = ("react", "chat")
 OURS: Final = "autellix"
@@ -62,11 +77,14 @@ LIVE_MINUTES: Final = 1.0  # at most, of arrivals
 BARS: Final = {"round-robin": 0.72, "least-used": 0.72, "sticky": 1.0, "cache-aware": 1.0}
 
 
+Sources = tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One run. `workload` is a built-in kind or a trace file."""
+    """One run. `sources` are built-in kinds or trace files, whose programs come in equal parts."""
 
-    workload: str
+    sources: Sources
     num_replicas: int = 4
     load: float = 1.0
     policy: str = OURS
@@ -77,7 +95,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        return Path(self.workload).name.partition(".")[0]
+        return name_of(self.sources)
 
     @property
     def setup(self) -> Setup:
@@ -85,41 +103,57 @@ class Task:
         return Setup(device=PRESETS[self.device], config=config, seed=self.seed)
 
 
+def name_of(sources: Sources) -> str:
+    """What tables call a workload: its only source, without folders and endings, or "mix"."""
+    return Path(sources[0]).name.partition(".")[0] if len(sources) == 1 else MIX
+
+
 def programs_of(
-    workload: str, count: int, seed: int, max_tokens: int
+    sources: Sources, count: int, seed: int, max_tokens: int
 ) -> tuple[trace.TraceProgram, ...]:
-    """So many programs of a built-in kind or a trace file, each call within `max_tokens`."""
-    sources = [trace.load(workload)] if "." in workload else corpora(workload, count, seed)
-    return trace.sample(sources, count, seed, max_prompt_tokens=max_tokens).programs
+    """So many programs, evenly from all sources, each call within `max_tokens`."""
+    drawn = [
+        corpus
+        for source in sources
+        for corpus in ([trace.load(source)] if "." in source else corpora(source, count, seed))
+    ]
+    return trace.sample(drawn, count, seed, max_prompt_tokens=max_tokens).programs
 
 
 @lru_cache(maxsize=4)
-def _plans(workload: str, count: int, seed: int, max_tokens: int) -> tuple[Blueprint, ...]:
-    return tuple(map(blueprint, programs_of(workload, count, seed, max_tokens)))
+def _plans(sources: Sources, count: int, seed: int, max_tokens: int) -> tuple[Blueprint, ...]:
+    return tuple(map(blueprint, programs_of(sources, count, seed, max_tokens)))
 
 
 def _settled_s(minutes: float, plans: Sequence[Blueprint]) -> float:
     """For how long programs arrive."""
-    gaps_s = sum(max(0.0, call.gap_s or 0.0) for plan in plans for call in plan.trace.calls)
-    return max(60 * minutes, SETTLING * gaps_s / len(plans))
+    gaps_s: dict[str, list[float]] = {}
+    for plan in plans:
+        gap_s = sum(max(0.0, call.gap_s or 0.0) for call in plan.trace.calls)
+        gaps_s.setdefault(plan.trace.corpus, []).append(gap_s)
+    return max(60 * minutes, SETTLING * max(map(fmean, gaps_s.values())))
 
 
 def run(task: Task) -> dict[str, Any]:
     """The results of one run; raises `AssertionError` if a call was lost."""
     setup = task.setup
     max_tokens = setup.device.kv_tokens // 4
-    few = _plans(task.workload, 3 * FEW_PROGRAMS, task.seed, max_tokens)
+    few = _plans(task.sources, 3 * FEW_PROGRAMS, task.seed, max_tokens)
     rate = task.load * task.num_replicas * capacity(setup, few)
     count = math.ceil(_settled_s(task.minutes, few) * rate)
-    plans = _plans(task.workload, count, task.seed, max_tokens)
-    fleet = SimFleet(
-        task.policy,
-        task.num_replicas,
-        setup.device,
-        setup.scheduling(task.engine_policy),
-        num_slots=SLOTS,
-    )
-    summary = summarize(fleet.run(plans, poisson_arrivals(count, rate, task.seed)))
+    plans = _plans(task.sources, count, task.seed, max_tokens)
+    arrivals_s = poisson_arrivals(count, rate, task.seed)
+    if task.policy == POOLED:
+        wide = _pooled(setup, task.num_replicas)
+        made = simulate(wide, wide.scheduling(task.engine_policy), plans, arrivals_s)
+        balance = 1.0
+    else:
+        scheduling = setup.scheduling(task.engine_policy)
+        size = task.num_replicas
+        fleet = SimFleet(task.policy, size, setup.device, scheduling, num_slots=SLOTS)
+        made = fleet.run(plans, arrivals_s)
+        balance = fleet.balance
+    summary = summarize(made)
     assert summary["lost"] == 0, "a call was lost"
     kept = ("program_token_latency_ms", "prefix_hit_rate", "wait_share", "programs", "calls")
     return {
@@ -129,15 +163,27 @@ def run(task: Task) -> dict[str, Any]:
         "load": task.load,
         "rate": rate,
         **{key: summary[key] for key in kept},
-        "balance": fleet.balance,
+        "balance": balance,
     }
 
 
-def placement_tasks(options: argparse.Namespace, workloads: Sequence[str]) -> list[Task]:
+def _pooled(setup: Setup, num_replicas: int) -> Setup:
+    """All replicas as one engine, in which a step still weighs as much."""
+    weight = setup.config.prefill_weight or setup.device.prefill_weight
+    return replace(
+        setup,
+        device=pooled(setup.device, num_replicas),
+        num_slots=num_replicas * setup.num_slots,
+        chunk_tokens=num_replicas * setup.chunk_tokens,
+        config=setup.config.replace(prefill_weight=weight),
+    )
+
+
+def placement_tasks(options: argparse.Namespace, workloads: Sequence[Sources]) -> list[Task]:
     """All policies on the first size of fleet; those that the paper compares on the others."""
     return [
         Task(
-            workload=workload,
+            sources=sources,
             num_replicas=num_replicas,
             load=load,
             policy=policy,
@@ -146,17 +192,17 @@ def placement_tasks(options: argparse.Namespace, workloads: Sequence[str]) -> li
             minutes=options.minutes,
             seed=options.seed,
         )
-        for workload in workloads
+        for sources in workloads
         for i, num_replicas in enumerate(options.replicas)
         for load in options.loads
-        for policy in (MORE_POLICIES if i else POLICY_NAMES)
+        for policy in (*(MORE_POLICIES if i else POLICY_NAMES), POOLED)
         if policy in (OURS, *options.policies)
     ]
 
 
-def scaling_tasks(options: argparse.Namespace, workload: str) -> list[Task]:
+def scaling_tasks(options: argparse.Namespace, sources: Sources) -> list[Task]:
     base = Task(
-        workload=workload,
+        sources=sources,
         engine_policy=options.engine_policy,
         device=options.device,
         minutes=options.minutes,
@@ -261,14 +307,14 @@ def _bar(what: str, value: float, wanted: float, is_floor: bool = False) -> list
     return [what, value, f"{sign} {wanted:g}", "met" if is_met else "missed"]
 
 
-def measure_live(options: argparse.Namespace, workload: str) -> list[dict[str, Any]]:
+def measure_live(options: argparse.Namespace, sources: Sources) -> list[dict[str, Any]]:
     """The workload through every door, at the first of the sizes and loads."""
     num_replicas, load = options.replicas[0], options.loads[0]
     max_tokens = routing_live.TIMING.kv_tokens // 4
-    few = programs_of(workload, 3 * FEW_PROGRAMS, options.seed, max_tokens)
+    few = programs_of(sources, 3 * FEW_PROGRAMS, options.seed, max_tokens)
     rate = load * num_replicas * routing_live.SPEED * routing_live.capacity(few)
     count = math.ceil(60 * min(options.minutes, LIVE_MINUTES) * rate)
-    programs = programs_of(workload, count, options.seed, max_tokens)
+    programs = programs_of(sources, count, options.seed, max_tokens)
     rows = routing_live.measure(
         programs,
         rate,
@@ -278,7 +324,7 @@ def measure_live(options: argparse.Namespace, workload: str) -> list[dict[str, A
         peer_python=options.peer_python,
     )
     for row in rows:
-        row["workload"], row["load"] = Path(workload).name.partition(".")[0], load
+        row["workload"], row["load"] = name_of(sources), load
         row["autellix_over_this"] = ratio(_mean(rows[0]), _mean(row))
     return rows
 
@@ -320,6 +366,7 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--quick", action="store_true", help="3 minutes of arrivals, two workloads, short overhead")
     add("--trace", action="append", default=[], help="a trace file; may be repeated")
+    add("--mix", action="store_true", help="all of them as one workload, in equal parts")
     add("--replicas", type=int, nargs="+", default=[4, 16], help="default: 4 16")
     add("--loads", type=float, nargs="+", default=[1.0], help="shares of capacity (default: 1)")
     add("--minutes", type=float, default=10.0, help="of arrivals in a run (default: %(default)s)")
@@ -330,10 +377,11 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=5.0, help="per overhead measurement (%(default)s)")
     add("--peer-python", help="a Python with sglang-router, if it is not this one")
     add("--repeats", type=int, default=2, help="of each live run (%(default)s)")
-    add("--policies", nargs="+", choices=POLICY_NAMES, default=POLICY_NAMES,
-        help=f"of placement, besides {OURS} (default: all)")  # fmt: skip
+    add("--policies", nargs="+", choices=[*POLICY_NAMES, POOLED], default=POLICY_NAMES,
+        help=f"of placement, besides {OURS} (default: all but {POOLED})")  # fmt: skip
     add("--only", nargs="+", choices=[*PARTS, LIVE], default=PARTS,
         help=f"the parts to run (default: all but {LIVE})")  # fmt: skip
+    add("--out", type=Path, help="also write the result to this file")
     return made
 
 
@@ -342,7 +390,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     if options.quick:
         options.minutes, options.seconds = min(options.minutes, 3.0), 1.0
-    workloads = options.trace or (QUICK_KINDS if options.quick else KINDS)
+    sources = options.trace or (QUICK_KINDS if options.quick else KINDS)
+    workloads = [tuple(sources)] if options.mix else [(source,) for source in sources]
     results: list[dict[str, Any]] = []
     rates: dict[int, float | None] = {}
     live: list[dict[str, Any]] = []
@@ -377,7 +426,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "live": live,
         "bars": checked,
     }
-    print_result(result | provenance(started))
+    result |= provenance(started)
+    if options.out:
+        write_result(options.out, json.dumps(result, indent=1) + "\n")
+    print_result(result)
     return 0
 
 

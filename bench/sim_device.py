@@ -29,7 +29,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -92,6 +92,19 @@ class Device:
         prefill = self.prefill_time_s(long, attention_pairs(0, long))
         prefill -= self.prefill_time_s(short, attention_pairs(0, short))
         return prefill / (long - short) / self.decode_time_s(1, short)
+
+
+def pooled(device: Device, num_devices: int) -> Device:
+    """So many devices as one that splits every batch evenly: no placement has more to work with.
+
+    Each still reads all weights in a decode step. Of a prefill batch each does a part, fixed costs
+    included, so a prompt is computed so many times as fast.
+    """
+    split = ("decode_call_s", "decode_kv_s", "prefill_min_s", "prefill_token_s", "prefill_pair_s",
+             "prefill_cached_pair_s", "overhead_s", "copy_token_s")  # fmt: skip
+    shares = {name: getattr(device, name) / num_devices for name in split}
+    name = f"{num_devices}x{device.name}"
+    return replace(device, name=name, kv_tokens=num_devices * device.kv_tokens, **shares)
 
 
 def attention_pairs(num_before: int, num_new: int) -> float:

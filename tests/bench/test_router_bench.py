@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,36 @@ def test_placement_ends_in_tables_and_one_line_of_json(capsys):
     assert {"command", "commit", "hardware", "versions", "seconds"} <= result.keys()
     assert result["results"][0]["autellix_over_this"] == 1
     assert result["sustained_rate"].keys() == {"1", "8"}
+
+
+def test_mix_is_one_workload_of_equal_parts(tmp_path, capsys):
+    """With `--mix` all sources come together, as often each, and `--out` keeps the result."""
+    programs = router.programs_of(("react", "chat"), 10, 1, 8192)
+    assert Counter(program.kind for program in programs) == {"react": 5, "chat": 5}
+    asked = ["--quick", "--minutes", "0.1", "--replicas", "2", "--policies", "sticky"]
+    out = tmp_path / "mix.json"
+    assert router.main([*asked, "--only", "placement", "--mix", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result == json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(row["workload"], row["policy"]) for row in result["results"]] == [
+        ("mix", "autellix"),
+        ("mix", "sticky"),
+    ]
+
+
+def test_pooled_replicas_bound_what_placement_wins(capsys):
+    """One engine of their width is the quickest; with one replica it is that replica."""
+    asked = ["--quick", "--minutes", "0.5", "--replicas", "4", "1", "--only", "placement"]
+    assert router.main([*asked, "--policies", "least-used", "pooled"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    mean = {
+        (r["workload"], r["replicas"], r["policy"]): r["program_token_latency_ms"]["mean"]
+        for r in rows
+    }
+    for kind in router.QUICK_KINDS:
+        assert mean[kind, 4, "pooled"] < mean[kind, 4, "autellix"]
+        assert mean[kind, 4, "pooled"] < mean[kind, 4, "least-used"]
+        assert mean[kind, 1, "pooled"] == pytest.approx(mean[kind, 1, "autellix"])
 
 
 def test_sustained_rate_is_where_latency_has_doubled():

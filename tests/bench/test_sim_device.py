@@ -12,6 +12,7 @@ from bench.sim_device import (
     fit,
     fitted,
     load_device,
+    pooled,
 )
 
 A100 = PRESETS["a100-8b"]
@@ -52,6 +53,15 @@ def test_kv_room_is_what_weights_leave_of_the_memory(name, kv_tokens):
 def test_prefill_weight_is_near_what_engines_measure():
     """One prefill token costs about a hundredth of a decode step of one call alone."""
     assert all(0.003 < device.prefill_weight < 0.03 for device in PRESETS.values())
+
+
+def test_pooled_devices_split_every_batch():
+    """Four times the batch takes as long as on one device, and four times as much KV fits."""
+    four = pooled(A100, 4)
+
+    assert four.decode_time_s(32, 40_000) == pytest.approx(A100.decode_time_s(8, 10_000))
+    assert four.prefill_time_s(8, 36) == pytest.approx(A100.prefill_time_s(8, 36) / 4)
+    assert four.kv_tokens == 4 * A100.kv_tokens
 
 
 def test_attention_pairs_count_every_position_a_token_sees():
