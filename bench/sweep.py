@@ -11,7 +11,8 @@ defaults); `--grid` takes every combination of the axes instead. Axes are the se
 
 - `last`: the service in steps at which the last, open level begins. It chooses the number of
   levels, with quantum (32 where it is learned) and factor as they are;
-- `tie`: inside a level, as the policy has it, by the program's arrival or by the call's own;
+- `tie`: inside a level, as the policy has it, by the program's arrival plus so many times its rank
+  (which only `gittins` has; there the policy's is 1), by its arrival or by the call's own;
 - `unit`: what service is counted in. `steps` (the product: a prefill token costs what the engine
   measures), `tokens` (a prefill token costs as much as a generated one), `outputs` (nothing).
   Seconds are no unit here: no wall clock enters a ranking decision of the product.
@@ -34,7 +35,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +50,7 @@ from autellix_sglang.core.policy import (
     call_turn,
     program_turn,
 )
+from autellix_sglang.core.program import Call
 from autellix_sglang.errors import ConfigError
 from bench.common import Progress, print_result, provenance, say
 from bench.sim import Setup, at_rate, capacity, parser, setup_of, summary, workloads_of
@@ -57,6 +59,21 @@ from bench.sim_engine import Blueprint, Scheduling
 from bench.stats import Run
 from bench.trace import TraceError
 
+Turn = Callable[[Call], float]
+
+
+def _due(weight: float) -> Turn:
+    return lambda call: call.program.arrived + weight * call.program.rank
+
+
+TIES: Final[dict[str, Turn | None]] = {
+    "policy": None,
+    "rank / 4": _due(0.25),
+    "rank / 2": _due(0.5),
+    "2 * rank": _due(2.0),
+    "program": program_turn,
+    "call": call_turn,
+}
 UNITS: Final = {"steps": 0.0, "tokens": 1.0, "outputs": 1e-9}  # as prefill_weight; 0 measures
 AXES: Final[dict[str, tuple[Any, ...]]] = {
     "policy": ("mlfq", "plas", "atlas", "gittins"),
@@ -67,7 +84,7 @@ AXES: Final[dict[str, tuple[Any, ...]]] = {
     "beta": (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
     "min_run": (0.0, 8.0, 32.0, 64.0, 128.0, 512.0),
     "schedule_interval": (1, 4, 8, 16, 32),
-    "tie": ("policy", "program", "call"),
+    "tie": tuple(TIES),
     "unit": tuple(UNITS),
 }
 SETTINGS: Final = tuple(axis for axis in AXES if axis != "last")  # `levels` says the same
@@ -115,8 +132,7 @@ def num_levels(config: ProgramConfig, last: float) -> int:
 
 def _policy(config: ProgramConfig, tie: str) -> Policy:
     policy = POLICIES[config.policy]
-    turns = {"policy": policy.turn, "program": program_turn, "call": call_turn}
-    return replace(policy, turn=turns[tie])
+    return replace(policy, turn=TIES[tie] or policy.turn)
 
 
 def choices(axes: Sequence[str], is_grid: bool) -> Iterator[Values]:
