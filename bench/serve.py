@@ -181,7 +181,7 @@ DEMO: Mapping[str, Any] = {
     "scale": 0.12,
     "max_calls": 80,
     "max_running_requests": 6,
-    "load": 1.2,
+    "load": 1.5,
     "calibration_s": 10.0,
     "html": "bench/out/demo.html",
 }
