@@ -118,6 +118,10 @@ def write_result(path: Path, text: str) -> None:
     say(f"wrote {path}")
 
 
+def write_json(path: Path, result: Mapping[str, object]) -> None:
+    write_result(path, json.dumps(result, indent=1) + "\n")
+
+
 def print_result(result: Mapping[str, object], stream: IO[str] | None = None) -> None:
     """Print the last line of a benchmark: the result as one JSON object."""
     print(json.dumps(result, allow_nan=False), file=stream or sys.stdout, flush=True)

@@ -48,7 +48,7 @@ from bench.sim import (
     synthetic_plans,
 )
 from bench.sim_device import DeviceError
-from bench.sim_engine import Blueprint, Kinds, blueprint
+from bench.sim_engine import Blueprint, blueprint
 from bench.trace import TraceError
 
 POLICY: Final = "gittins"
@@ -131,9 +131,9 @@ def grown(small: Plans, large: Plans) -> Programs:
     return programs
 
 
-def cut(plans: Plans, kinds: Kinds) -> Programs:
+def cut(plans: Plans) -> Programs:
     """From the middle on, tree searches end with the calls of their second step."""
-    short = {plan.trace.id: shortened(plan, kinds) for plan in plans if plan.trace.kind == "tree"}
+    short = {plan.trace.id: shortened(plan) for plan in plans if plan.trace.kind == "tree"}
 
     def programs(count: int) -> Plans:
         drawn = steady(plans)(count)
@@ -144,13 +144,14 @@ def cut(plans: Plans, kinds: Kinds) -> Programs:
     return programs
 
 
-def shortened(plan: Blueprint, kinds: Kinds, num_steps: int = 2) -> Blueprint:
+def shortened(plan: Blueprint, num_steps: int = 2) -> Blueprint:
     """The program's calls that wait for fewer than `num_steps` others, one after the other."""
     depth: dict[str, int] = {}
     for call in plan.trace.calls:
         depth[call.id] = 1 + max((depth[p] for p in plan.trace.waits_for(call)), default=-1)
     calls = tuple(call for call in plan.trace.calls if depth[call.id] < num_steps)
-    return blueprint(dataclasses.replace(plan.trace, calls=calls), kinds)
+    short = blueprint(dataclasses.replace(plan.trace, calls=calls))
+    return dataclasses.replace(short, ladder=plan.ladder)
 
 
 def cases(options: argparse.Namespace, setup: Setup, largest_load: float) -> list[Case]:
@@ -165,8 +166,7 @@ def cases(options: argparse.Namespace, setup: Setup, largest_load: float) -> lis
             out.append(Case(name, MIXED_LIMITS, steady(recorded), recorded))
             out.append(Case(f"{name} swap", SHIFT_LIMITS, swapped(recorded), recorded))
             if any(plan.trace.kind == "tree" for plan in recorded):
-                shorter = cut(recorded, setup.kinds)
-                out.append(Case(f"{name} cut", SHIFT_LIMITS, shorter, recorded))
+                out.append(Case(f"{name} cut", SHIFT_LIMITS, cut(recorded), recorded))
     out += [Case(n, ALIKE_LIMITS, steady(built_in[n]), built_in[n]) for n in ALIKE]
     out.append(Case("swap", SHIFT_LIMITS, swapped(mixed), mixed))
     few = min(len(chat), len(tree))

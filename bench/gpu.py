@@ -40,7 +40,7 @@ from autellix_sglang.config import ProgramConfig
 from autellix_sglang.platform.tiny_model import cache_directory, write_tokenizer
 from bench import charts, report, serve
 from bench.charts import Series
-from bench.common import ROOT, new_parser, print_result, provenance, say, write_result
+from bench.common import ROOT, new_parser, print_result, provenance, say, write_json, write_result
 from bench.replay import poisson_arrivals
 from bench.serve import Offered, ServeOptions
 from bench.server import STOCK, Endpoint, ServerError, policy_servers
@@ -405,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def save(plan: Plan, runs: Runs) -> None:
         result.update(make_result(options, plan, runs) | provenance(started))
-        write_result(places.json, json.dumps(result, indent=1) + "\n")
+        write_json(places.json, result)
         write_result(places.html, render(result, runs))
 
     is_whole = True

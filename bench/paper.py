@@ -43,7 +43,16 @@ from bench import (
     paper_validation,
     report,
 )
-from bench.common import ROOT, Progress, new_parser, print_result, provenance, say, write_result
+from bench.common import (
+    ROOT,
+    Progress,
+    new_parser,
+    print_result,
+    provenance,
+    say,
+    write_json,
+    write_result,
+)
 from bench.paper_base import (
     FULL,
     OURS,
@@ -302,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     } | provenance(started)
     write_result(options.html, render(found, result))
     if options.json is not None:
-        write_result(options.json, json.dumps(result, indent=1) + "\n")
+        write_json(options.json, result)
     print("| figure | verdict | what we find |\n|---|---|---|")
     for figure, findings in found:
         print(f"| {_label(figure)}: {figure.title} | {findings.verdict} | {findings.answer} |")

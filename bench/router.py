@@ -27,7 +27,6 @@ placements that lose the cache, well below it. The last line of stdout is one JS
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -50,7 +49,7 @@ from bench.common import (
     print_result,
     provenance,
     say,
-    write_result,
+    write_json,
 )
 from bench.replay import poisson_arrivals
 from bench.routing_overhead import Overhead
@@ -428,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     result |= provenance(started)
     if options.out:
-        write_result(options.out, json.dumps(result, indent=1) + "\n")
+        write_json(options.out, result)
     print_result(result)
     return 0
 

@@ -338,12 +338,12 @@ class ProgramTable:
         size = program.size or self._enter_size(program, kinds)
         if not program.is_live:
             self.sizes.resume(size)
+        rank_before = program.rank
         num_live = len(program.waiting) + len(program.running) + 1
-        if self.sizes.widen(size, num_live, program.service):
+        if self.sizes.widen(size, num_live, program.service) or not program.is_live:
             self._rank(program)
+        if program.rank != rank_before:
             self._place_calls(program)
-        elif not program.is_live:
-            self._rank(program)
         self._calls[rid] = call
         program.by_call_id.setdefault(call.call_id, []).append(call)
         program.num_calls += 1

@@ -33,7 +33,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
@@ -271,6 +271,13 @@ class Size:
     edge: float = EDGES[1]  # service at which any standing changes
     is_ended: bool = False
 
+    @property
+    def counts(self) -> Iterator[tuple[Kind, int, int]]:
+        """Every rung that it is counted on, with its number and its bucket there."""
+        for standing in self.standings:
+            for rung, number in standing.counts:
+                yield rung, number, standing.bucket
+
 
 class Sizes:
     """Owns the kinds, and is told by the process table what programs do."""
@@ -289,7 +296,7 @@ class Sizes:
 
         Its first standing goes on among all traffic alone, which the mean is taken of.
         """
-        if num_calls < 2 or num_calls < size.width * WIDER:
+        if num_calls < size.width * WIDER:
             return False
         size.width = num_calls
         if len(size.standings) == 1:
@@ -329,24 +336,21 @@ class Sizes:
         """A program has no live call any more: it counts as complete so far."""
         if not size.is_ended:
             size.is_ended = True
-            for standing in size.standings:
-                for rung, number in standing.counts:
-                    rung.note_ended(number, standing.bucket)
+            for rung, number, bucket in size.counts:
+                rung.note_ended(number, bucket)
 
     def resume(self, size: Size) -> None:
         """A program has a live call again: it was not complete."""
         if size.is_ended:
             size.is_ended = False
-            for standing in size.standings:
-                for rung, number in standing.counts:
-                    rung.take_back_end(number, standing.bucket)
+            for rung, number, bucket in size.counts:
+                rung.take_back_end(number, bucket)
 
     def leave(self, size: Size) -> None:
         """A program is forgotten: if it was complete, it stays so."""
         if size.is_ended:
-            for standing in size.standings:
-                for rung in standing.rungs:
-                    rung.note_gone(standing.bucket)
+            for rung, _, bucket in size.counts:
+                rung.note_gone(bucket)
 
     def rank(self, size: Size) -> float:
         """A program's rank in steps, by the most specific of its kinds that is to be trusted."""

@@ -43,7 +43,7 @@ def test_grown_programs_look_like_the_small_ones():
 def test_programs_that_are_cut_look_the_same_and_are_over_sooner():
     """From the middle on a tree has the calls of its first two steps; chats stay as they are."""
     plans = [*plans_of("tree", 3), *plans_of("chat", 3)]
-    drawn = cut(plans, Kinds.NAME)(12)
+    drawn = cut(plans)(12)
 
     assert drawn[:6] == plans
     assert drawn[9:] == plans[3:]
