@@ -137,20 +137,23 @@ def die_with_parent(number: int = signal.SIGTERM) -> None:
 class Fleet:
     """Keeps its replicas running between `start` and `stop`.
 
-    `num_ready` says how many of them the router may use, for the progress lines; `give_up` is
-    called when a replica refuses its arguments at its first start, which no restart would change.
+    `num_ready` says how many of them the router may use, for the progress lines; `note_end` is told
+    the name of each whose process ended; `give_up` is called when a replica refuses its arguments
+    at its first start, which no restart would change.
     """
 
     def __init__(
         self,
         replicas: Sequence[Replica],
         num_ready: Callable[[], int],
+        note_end: Callable[[str], None],
         give_up: Callable[[], None],
         write: Callable[[str], None] = lambda line: print(line, flush=True),
         first_pause_s: float = FIRST_PAUSE_S,
     ) -> None:
         self.replicas = list(replicas)
         self._num_ready = num_ready
+        self._note_end = note_end
         self._give_up = give_up
         self._write = write
         self._first_pause_s = first_pause_s
@@ -188,6 +191,7 @@ class Fleet:
                 end = f"ended with status {status}"
             except OSError as error:
                 status, end = None, f"could not be started: {error}"
+            self._note_end(replica.name)
             if self._is_stopping:
                 return
             if status == USAGE_STATUS and replica.num_starts == 1:
@@ -328,5 +332,5 @@ def _run(config: RouterConfig, commands: Sequence[Sequence[str]]) -> int:
 
     environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
     replicas = [Replica(f"replica-{i}", c, environ) for i, c in enumerate(commands)]
-    status = route(hub, Fleet(replicas, lambda: hub.num_ready, give_up))
+    status = route(hub, Fleet(replicas, lambda: hub.num_ready, hub.expect_end, give_up))
     return USAGE_STATUS if refused else status

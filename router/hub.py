@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -81,6 +81,10 @@ class NoWorkerError(RouterError):
 
 class WorkerLostError(RouterError):
     """The worker is gone, and with it the answer or the rest of it."""
+
+
+class LinkLostError(WorkerLostError):
+    """The session ended while the worker lives: the link broke, or the router was away too long."""
 
 
 class WorkerFailedError(RouterError):
@@ -176,6 +180,7 @@ class RemoteWorker:
         self.outbox = Outbox(session)
         self.next_number = 0
         self.heard_s = hub.clock()
+        self.patience_s = hub.config.timeout_s  # of silence, until it counts as lost
         self.report = Report(is_ready=False)
         self.is_draining = register.is_draining
         self.is_leaving = False
@@ -196,7 +201,7 @@ class RemoteWorker:
     @property
     def can_take(self) -> bool:
         """Whether calls may be sent to it: ready, heard of lately, and reading what it is sent."""
-        is_silent = self._hub.clock() - self.heard_s > self._hub.config.timeout_s / 2
+        is_silent = self._hub.clock() - self.heard_s > self.patience_s / 2
         return self.state is State.READY and not is_silent and self.outbox.num_bytes < OUTBOX_BYTES
 
     def load(self) -> balance.Worker:
@@ -328,11 +333,12 @@ class Hub:
     async def open(self, request: Request) -> Answer:
         """Send a call and wait for its first byte; raises `RouterError` when it cannot be had.
 
-        A worker that is lost before that is replaced by another, `config.retries` times.
+        A worker that is lost before that is replaced by another, `config.retries` times. Sessions
+        that ended while their worker lives are counted apart: no call is to blame for those.
         """
         deadline_s = self.clock() + self.timeout_s(request)
         tried: set[str] = set()
-        num_lost = 0
+        num_lost: Counter[type[WorkerLostError]] = Counter()
         while True:
             worker, choice, call = await self._choose(request, tried, deadline_s)
             stream = self._send(request, worker, choice, call, deadline_s)
@@ -343,10 +349,11 @@ class Hub:
                     await stream.news()
                 request.body = b""
                 return Answer(self, stream)
-            except WorkerLostError:
-                tried.add(worker.id)
-                num_lost += 1  # a worker that joined anew may have been lost before
-                if not request.can_retry or num_lost > self.config.retries:
+            except WorkerLostError as error:
+                if not isinstance(error, LinkLostError):
+                    tried.add(worker.id)
+                num_lost[type(error)] += 1  # a worker that joined anew may have been lost before
+                if not request.can_retry or num_lost[type(error)] > self.config.retries:
                     raise
                 self.num_retries += 1
             except BaseException:
@@ -474,13 +481,19 @@ class Hub:
 
     # -- workers ---------------------------------------------------------------------------------
 
+    def expect_end(self, name: str) -> None:
+        """The worker's process is gone: take what it said last, and wait for no more."""
+        worker = self.workers.get(name)
+        if worker is not None:
+            worker.patience_s = self.config.heartbeat_s
+
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(self.config.heartbeat_s)
             now_s = self.clock()
             for worker in list(self.workers.values()):
-                if now_s - worker.heard_s > self.config.timeout_s:
-                    self._lose(worker, f"nothing heard for {self.config.timeout_s:g} s")
+                if now_s - worker.heard_s > worker.patience_s:
+                    self._lose(worker, f"nothing heard for {worker.patience_s:g} s")
                 else:
                     worker.send(Alive())
 
@@ -506,7 +519,7 @@ class Hub:
         if worker is None or worker.outbox.session != session:
             self.channel.send_frames(address, [REJOIN])
         elif number != worker.next_number:
-            self._lose(worker, "frames were lost")
+            self._lose(worker, "frames were lost", LinkLostError)
             self.channel.send_frames(address, [REJOIN])
         else:
             worker.next_number += 1
@@ -518,7 +531,10 @@ class Hub:
         earlier = self.workers.get(register.worker)
         worker = RemoteWorker(self, address, session, register)
         if earlier is not None:
-            self._lose(earlier, "it joined anew")
+            same_process = earlier.address == address
+            self._lose(
+                earlier, "it joined anew", LinkLostError if same_process else WorkerLostError
+            )
             worker.displaced = earlier.displaced
             if earlier.address != address:  # it may still be there
                 worker.displaced.add(earlier.address)
@@ -537,7 +553,9 @@ class Hub:
         reason = f"another process joined as {name!r}"
         self.channel.send_frames(address, [REFUSED, reason.encode()])
 
-    def _lose(self, worker: RemoteWorker, reason: str) -> None:
+    def _lose(
+        self, worker: RemoteWorker, reason: str, error: type[WorkerLostError] = WorkerLostError
+    ) -> None:
         """End a worker's session: its streams fail, its programs live elsewhere."""
         self._by_address.pop(worker.address, None)
         if self.workers.get(worker.id) is worker:
@@ -548,7 +566,7 @@ class Hub:
         log = logger.info if is_expected else logger.warning
         log("worker %r is gone with %d streams: %s", worker.id, len(worker.streams), reason)
         for stream in list(worker.streams.values()):
-            stream.fail(WorkerLostError(f"worker {worker.id!r} was lost: {reason}"))
+            stream.fail(error(f"worker {worker.id!r} was lost: {reason}"))
             worker.remove(stream)
 
     def _take(self, worker: RemoteWorker, message: Any) -> None:

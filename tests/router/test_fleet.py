@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -72,13 +73,18 @@ def test_number_that_is_none_is_named():
 class Fakes:
     """A fleet of fake replicas behind the rig's router."""
 
-    def __init__(self, rig, names):
+    def __init__(self, rig, names, first_pause_s=0.05):
         self.rig = rig
         self.log: list[str] = []
         self.given_up = 0
         replicas = [fleet.Replica(name, self.command(name), dict(os.environ)) for name in names]
         self.fleet = fleet.Fleet(
-            replicas, lambda: rig.hub.num_ready, self.give_up, self.log.append, first_pause_s=0.05
+            replicas,
+            lambda: rig.hub.num_ready,
+            rig.hub.expect_end,
+            self.give_up,
+            self.log.append,
+            first_pause_s=first_pause_s,
         )
 
     def command(self, name):
@@ -124,8 +130,8 @@ async def ask(client, i: int, stream: bool) -> list[int] | str:
 async def test_chaos_loses_no_call(fakes):
     """Under kill -9 and SIGSTOP every call ends once: in its result, or in an explicit error.
 
-    Calls that do not stream are retried, so of those none fails; results are those of an
-    undisturbed run.
+    Calls that do not stream are retried, so of those none fails, though the router is away now and
+    then for longer than its workers wait; results are those of an undisturbed run.
     """
     await fakes.wait_ready(2)
     limit = asyncio.Semaphore(40)
@@ -144,6 +150,8 @@ async def test_chaos_loses_no_call(fakes):
         if round_ >= 2:
             await asyncio.sleep(3 * FAST["timeout_s"])
             os.kill(victim.pid, signal.SIGCONT)
+        else:
+            time.sleep(1.5 * FAST["timeout_s"])
         await fakes.wait_ready(2)
     answers = await asyncio.gather(*calls)
     expected = [output_of(prompt_of(i), 12) for i in range(1200)]
@@ -152,6 +160,22 @@ async def test_chaos_loses_no_call(fakes):
     assert "error" not in answers[1::2]
     assert answers.count("error") < 200
     await fakes.rig.until(lambda: fakes.rig.num_streams == 0)
+
+
+async def test_end_of_a_local_replica_is_known_at_once(rig):
+    """Its calls run elsewhere without waiting for its silence to last."""
+    client = await rig.route(timeout_s=60.0, worker_wait_s=20)
+    made = Fakes(rig, ["w0"], first_pause_s=60.0)
+    await made.fleet.start()
+    await made.wait_ready(1)
+    body = {"input_ids": prompt_of(1), "sampling_params": {"max_new_tokens": 2000}}
+    call = asyncio.create_task(client.post("/generate", json=body))
+    await rig.until(lambda: rig.num_streams == 2)
+    os.kill(made.fleet.replicas[0].pid, signal.SIGKILL)
+    await rig.join("b")
+    async with asyncio.timeout(5):
+        assert (await call).json() == {"worker": "b", "tokens": [0, 1, 2]}
+    await made.fleet.stop()
 
 
 async def test_killed_replica_is_started_again(fakes):
@@ -169,8 +193,13 @@ async def keep(command, condition, write=lambda line: None):
     given_up = []
     replica = fleet.Replica("w", command, dict(os.environ))
     made = fleet.Fleet(
-        [replica], lambda: 1, lambda: given_up.append(1), write, first_pause_s=0.01
-    )  # fmt: skip
+        [replica],
+        lambda: 1,
+        lambda name: None,
+        lambda: given_up.append(1),
+        write,
+        first_pause_s=0.01,
+    )
     await made.start()
     try:
         await Rig.until(lambda: condition(replica, len(given_up)), 20)
