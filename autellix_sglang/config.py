@@ -55,6 +55,11 @@ class ProgramConfig:
     prefill_weight: float = _setting(
         0.0, "steps that one uncached prefill token costs; 0 measures it at start"
     )
+    prefix_wait: int = _setting(
+        64,
+        "least prompt tokens that a call waits for, where another is computing them at the moment, "
+        "rather than compute them again; 0 never waits",
+    )
     kv: str = _setting(
         "keep",
         "KV cache of preempted calls: keep (evictable), backup (keep, and copy to host memory), "
@@ -90,6 +95,7 @@ class ProgramConfig:
         _require(self, "min_run", self.min_run >= 0, "0 or above")
         _require(self, "schedule_interval", self.schedule_interval >= 1, "an integer from 1")
         _require(self, "prefill_weight", self.prefill_weight >= 0, "0 (measure) or above")
+        _require(self, "prefix_wait", self.prefix_wait >= 0, "0 (never) or above")
         _require(self, "kv_break_even", self.kv_break_even >= 0, "0 (measure) or above")
         _require(
             self,

@@ -45,13 +45,15 @@ from bench.server import (
 from bench.trace import TraceProgram
 
 POLICIES = ("mlfq", "plas", "atlas")
-# A small quantum and no protection after a start: as many preemptions as there can be.
+# A small quantum and no protection after a start: as many preemptions as there can be. Calls wait
+# for one another's prefixes, short as these are.
 SETTINGS = {
     "quantum": 4.0,
     "levels": 8,
     "min_run": 0.0,
     "beta": 2.0,
     "schedule_interval": 1,
+    "prefix_wait": 8,
 }
 # SGLang admits calls as if they had one token to go, and runs out of KV in mid-decode. As calls are
 # preempted before that most of the time, its own test switch retracts some every few steps, too.
@@ -61,7 +63,7 @@ OVERCOMMIT = {
     "SGLANG_TEST_RETRACT_INTERVAL": "9",
 }
 SWAPS = ("swaps_out", "swaps_in", "prefetches", "prefetch_hits")
-SUMS = ("retractions", *SWAPS, *LEAKS)
+SUMS = ("retractions", "prefix_waits", *SWAPS, *LEAKS)
 OVERLAPS = {"both": (True, False), "on": (True,), "off": (False,)}
 
 
@@ -80,6 +82,7 @@ class Result:
     prefetches: int = 0
     prefetch_hits: int = 0
     retractions: int = 0
+    prefix_waits: int = 0
     ranks_agree: bool = True
     leaked_programs: int = 0
     leaked_kv_tokens: int = 0
@@ -213,6 +216,7 @@ def _run(
         recomputed_tokens=after["recomputed_tokens"] - before["recomputed_tokens"],
         **{key: after[key] - before[key] for key in SWAPS},
         retractions=after["retracted_calls"] - before["retracted_calls"],
+        prefix_waits=after["prefix_waits"] - before["prefix_waits"],
         ranks_agree=all(state == after["ranks"][0] for state in after["ranks"]),
         **leaks(after),
     )
@@ -233,6 +237,7 @@ def _summary(results: Sequence[Result], kv: str) -> dict[str, Any]:
                 "hash": result.hash,
                 "preemptions": result.preemptions,
                 "retractions": result.retractions,
+                "prefix_waits": result.prefix_waits,
                 **{key: getattr(result, key) for key in SWAPS},
                 "recomputed_tokens": result.recomputed_tokens,
             }
@@ -243,8 +248,8 @@ def _summary(results: Sequence[Result], kv: str) -> dict[str, Any]:
 
 def _table(results: Sequence[Result]) -> str:
     header = (
-        "policy", "overlap", "preemptions", "retractions", "swaps out", "swaps in", "prefetches",
-        "recomputed tokens", "lost", "leaked", "hash",
+        "policy", "overlap", "preemptions", "retractions", "waits", "swaps out", "swaps in",
+        "prefetches", "recomputed tokens", "lost", "leaked", "hash",
     )  # fmt: skip
     rows = [
         (
@@ -252,6 +257,7 @@ def _table(results: Sequence[Result]) -> str:
             "on" if result.overlap else "off",
             result.preemptions,
             result.retractions,
+            result.prefix_waits,
             result.swaps_out,
             result.swaps_in,
             result.prefetches,

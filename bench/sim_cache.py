@@ -80,14 +80,14 @@ class PrefixCache:
 
     def lock(self, node: Node) -> None:
         """Keep a resident node and all before it; takes as many unlocks."""
-        for each in _upwards(node):
+        for each in upwards(node):
             if each.num_locks == 0:
                 self.num_evictable -= each.num_tokens
             each.num_locks += 1
 
     def unlock(self, node: Node) -> None:
         self._tick += 1
-        for each in _upwards(node):
+        for each in upwards(node):
             each.num_locks -= 1
             if each.num_locks == 0:
                 self.num_evictable += each.num_tokens
@@ -96,7 +96,7 @@ class PrefixCache:
 
     def insert(self, leaf: Node) -> int:
         """Make all nodes up to `leaf` resident; returns how many tokens that adds."""
-        missing = [node for node in _upwards(leaf) if not node.is_resident]
+        missing = [node for node in upwards(leaf) if not node.is_resident]
         for node in reversed(missing):
             assert node.parent is not None
             node.is_resident = True
@@ -151,7 +151,7 @@ def is_evictable(node: Node) -> bool:
     )
 
 
-def _upwards(node: Node) -> Iterator[Node]:
+def upwards(node: Node) -> Iterator[Node]:
     """A node and those before it, without the root."""
     while node.parent is not None:
         yield node

@@ -9,6 +9,8 @@ What is simulated is SGLang around them, as `bench.serve` uses it:
 - a pass first preempts what the plan says, then admits waiting calls in the table's order up to the
   first that does not fit; a prefill batch runs alone and goes before decoding, at most
   `chunk_tokens` per pass, a longer prompt in chunks; it yields each call's first token;
+- a call whose prefix another is computing waits for it, as in the product, but not under the orders
+  of SGLang and the other baselines, `srpt` apart: those compute it for each;
 - a call is admitted with room for all of its output, as SGLang does with `ignore_eos`, which
   replays set: so decoding never runs out of KV, and nothing is retracted;
 - finished calls leave their KV in the prefix cache (`bench.sim_cache`): a program's own history and
@@ -33,11 +35,11 @@ from typing import Final
 
 from autellix_sglang.config import ProgramConfig
 from autellix_sglang.core.kv import LossShare
-from autellix_sglang.core.planner import Demand, Planner
+from autellix_sglang.core.planner import MAX_HELD, Demand, Planner
 from autellix_sglang.core.policy import POLICIES, Levels, Policy, call_turn, program_turn
 from autellix_sglang.core.program import Call, Program, ProgramTable
 from autellix_sglang.core.sizes import LEADING_TOKENS, Ladder
-from bench.sim_cache import Node, PrefixCache, cut
+from bench.sim_cache import Node, PrefixCache, cut, upwards
 from bench.sim_device import Device, attention_pairs
 from bench.sim_orders import ORDERS, decayed, served_tokens
 from bench.stats import CallRecord, Outcome, ProgramRecord, Run, ServerProgramInfo
@@ -303,6 +305,8 @@ class SimEngine:
         self.num_copied = 0
         self._scheduling = scheduling
         self._order = ORDERS.get(scheduling.name)
+        is_stock = scheduling.name == "fcfs" or scheduling.baseline not in (None, "srpt")
+        self._prefix_wait = 0 if is_stock else config.prefix_wait
         self._is_clairvoyant = scheduling.baseline is not None
         self._num_slots = num_slots
         self._chunk_tokens = chunk_tokens
@@ -499,23 +503,54 @@ class SimEngine:
     # -- on and off the batch --------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Start waiting calls in order, up to the first that does not fit."""
+        """Start waiting calls in order, up to the first that does not fit.
+
+        Those that wait for a prefix keep their place: others get what they leave.
+        """
         num_prefill = self._chunk_tokens - sum(r.num_missing for r in self._prefilling)
+        under_way = {node for request in self._prefilling for node in self._new_nodes(request)}
+        num_held = num_held_kv = 0
         for call in self._next_up():
-            if self.free_slots <= 0 or num_prefill <= 0:
+            if self.free_slots <= num_held or num_prefill <= 0:
                 return
-            if self.demand(call).kv_tokens > self.free_kv_tokens:
+            request: Request = call.handle
+            num_awaited = self._num_awaited(request, under_way) if num_held < MAX_HELD else 0
+            if num_awaited:
+                num_held += 1
+                num_held_kv += self.demand(call).kv_tokens - num_awaited
+                continue
+            if self.demand(call).kv_tokens > self.free_kv_tokens - num_held_kv:
                 return
-            self._start(call.handle)
-            num_prefill -= call.handle.num_missing
+            self._start(request)
+            num_prefill -= request.num_missing
+            if self._prefix_wait:
+                under_way.update(self._new_nodes(request))
+
+    def _new_nodes(self, request: Request) -> Iterator[Node]:
+        """What a prefilling call will bring into the cache."""
+        return itertools.takewhile(lambda node: not node.is_resident, upwards(request.leaf))
+
+    def _num_awaited(self, request: Request, under_way: set[Node]) -> int:
+        """Tokens that the call had better wait for, because they are being computed; or 0."""
+        if not self._prefix_wait or request.num_on_host:
+            return 0
+        for node in self._new_nodes(request):
+            if node in under_way:
+                num_tokens = node.end - self.cache.match(node).end
+                return num_tokens if num_tokens >= self._prefix_wait else 0
+        return 0
 
     def _next_up(self) -> Iterator[Call]:
-        """Waiting calls in order; ask for another one only after starting the last one."""
+        """Waiting calls in order, those that do not start passed over."""
         queue = self.table.queue
         if self._order is not None and len(queue):
             yield from self._order(self, tuple(queue))
-        while (call := queue.first()) is not None:
-            yield call
+            return
+        num_passed = 0
+        while num_passed < len(queue):
+            num_waiting = len(queue)
+            yield queue[num_passed]
+            num_passed += len(queue) == num_waiting
 
     def _start(self, request: Request) -> None:
         node = self.cache.match(request.leaf)

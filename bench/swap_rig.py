@@ -35,7 +35,8 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from autellix_sglang.config import ProgramConfig
 from autellix_sglang.core.kv import KV_CHOICES
-from autellix_sglang.engine.swap import SwapManager, SwapPrefillAdder
+from autellix_sglang.engine.admission import ProgramPrefillAdder
+from autellix_sglang.engine.swap import SwapManager
 
 VOCABULARY = 50
 NUM_LAYERS = 2
@@ -67,7 +68,7 @@ def _next_token(rows: Sequence[int]) -> int:
 
 
 class Rig:
-    """A few batch slots and KV tokens; has what `SwapManager` asks of a scheduler."""
+    """A few batch slots and KV tokens; has what `SwapManager` and admission ask of a scheduler."""
 
     page_size = 1
     tp_size = 1
@@ -95,6 +96,7 @@ class Rig:
             )
         )
         self._num_slots = num_slots
+        self.program_config = config
         self.waiting: list[Req] = []
         self.running: list[Req] = []
         self.num_recomputed = 0
@@ -104,6 +106,9 @@ class Rig:
 
     def reqs_prefilling_in_flight(self) -> set[Req]:
         return set()
+
+    def get_num_allocatable_reqs(self, num_running: int, running_batch: Any = None) -> int:
+        return self._num_slots - num_running
 
     # -- what clients and the scheduler do -------------------------------------------------------
 
@@ -164,8 +169,9 @@ class Rig:
 
     def _admit(self) -> None:
         batch = SimpleNamespace(reqs=self.running)
-        adder = SwapPrefillAdder(
-            self.swaps, 1, self.tree_cache, self.token_to_kv_pool_allocator, batch,
+        scheduler: Any = self
+        adder = ProgramPrefillAdder(
+            scheduler, 1, self.tree_cache, self.token_to_kv_pool_allocator, batch,
             NEW_TOKEN_RATIO, 1 << 20, None,
         )  # fmt: skip
         for req in self.waiting:

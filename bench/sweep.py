@@ -84,6 +84,7 @@ AXES: Final[dict[str, tuple[Any, ...]]] = {
     "beta": (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0),
     "min_run": (0.0, 8.0, 32.0, 64.0, 128.0, 512.0),
     "schedule_interval": (1, 4, 8, 16, 32),
+    "prefix_wait": (0, 16, 32, 64, 128, 256, 512),
     "tie": tuple(TIES),
     "unit": tuple(UNITS),
 }

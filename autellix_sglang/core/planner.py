@@ -12,6 +12,8 @@ from typing import Final, Protocol
 
 from autellix_sglang.core.program import Call, ProgramTable
 
+MAX_HELD: Final = 64  # calls in a pass that wait for a prefix: each is matched anew
+
 
 @dataclass(frozen=True, slots=True)
 class Demand:

@@ -62,6 +62,10 @@ class CallQueue:
         self._settle()
         return self._entries[0][1] if self._entries else None
 
+    def __getitem__(self, index: int) -> Call:
+        self._settle()
+        return self._entries[index][1]
+
     def __iter__(self) -> Iterator[Call]:
         self._settle()
         return (call for _, call in self._entries)

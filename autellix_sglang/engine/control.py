@@ -104,6 +104,7 @@ def totals(scheduler: ProgramScheduler) -> dict[str, Any]:
         "kv_evictable_tokens": scheduler.tree_cache.evictable_size(),
         "prefill_weight": scheduler.prefill_weight,
         "recomputed_tokens": scheduler.num_recomputed_tokens,
+        "prefix_waits": scheduler.num_prefix_waits,
         "kv_loss_share": round(scheduler.kv_loss.value, 4),
         **scheduler.swaps.totals(),
         "retracted_calls": scheduler.swaps.num_retractions,

@@ -30,6 +30,7 @@ COUNTERS: Final = {
     "demotions": ("num_demotions", "Times a call went down a level."),
     "expired_programs": ("num_expired", "Programs forgotten for being idle."),
     "recomputed_tokens": ("recomputed_tokens", "Tokens prefilled again after a preemption."),
+    "prefix_waits": ("prefix_waits", "Calls that waited for a prefix being computed."),
     "retracted_calls": ("retracted_calls", "Calls that SGLang took off for lack of KV."),
     "orphaned_calls": ("orphaned_calls", "Calls that left the engine unseen; a bug if not 0."),
     "swapped_out_tokens": ("swapped_out_tokens", "Tokens whose KV was copied to the host."),

@@ -17,7 +17,6 @@ import logging
 import time
 import zlib
 from collections.abc import Iterable
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -34,8 +33,9 @@ from autellix_sglang.core.planner import Planner
 from autellix_sglang.core.policy import POLICIES, Levels
 from autellix_sglang.core.program import Call, Phase, ProgramTable
 from autellix_sglang.engine import control
+from autellix_sglang.engine.admission import ProgramPrefillAdder
 from autellix_sglang.engine.metrics import ProgramMetrics
-from autellix_sglang.engine.swap import SwapManager, SwapPrefillAdder
+from autellix_sglang.engine.swap import SwapManager
 from autellix_sglang.engine.tracking import (
     attach,
     call_of,
@@ -74,7 +74,9 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         self.is_kv_blocked = False  # SGLang refused, for lack of KV, a call that the plan let in
         self.kv_loss = LossShare()
         self.num_recomputed_tokens = 0
+        self.num_prefix_waits = 0
         self.num_orphans = 0
+        self._adder: ProgramPrefillAdder | None = None  # of the pass at hand
         self._num_checked_events = -1
         self._decisions = 0  # a digest of all that were made so far
         retraction_order.install()
@@ -122,7 +124,11 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         return output
 
     def get_prefill_adder_class(self) -> Any:
-        return partial(SwapPrefillAdder, self.swaps)
+        return self._new_adder
+
+    def _new_adder(self, *args: Any, **kwargs: Any) -> ProgramPrefillAdder:
+        self._adder = ProgramPrefillAdder(self, *args, **kwargs)
+        return self._adder
 
     def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
         return _ProgramOutputStreamer
@@ -227,7 +233,10 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
             self._order_waiting_queue([call.handle for call in plan.order])
         victims = [call.handle for call in plan.preempt]
         self._take_off(running_batch, victims)
+        self._adder = None
         next_plan = super().get_new_batch_prefill(running_batch)
+        if self._adder is not None and self._adder.num_held:
+            next_plan.running_batch.batch_is_full = False  # they are due before anybody leaves
         for req in victims:
             # Only now: readmitted in the same pass, a victim would meet its own result in flight.
             self._add_request_to_queue(req, is_retracted=True)
@@ -260,6 +269,7 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
             self.swaps.note_admission(req, num_cached)
             call = call_of(req)
             if call is not None and call.phase is Phase.WAITING:
+                self.num_prefix_waits += tracked(req).was_held
                 num_computed = tracked(req).num_computed_tokens
                 if call.num_preemptions:
                     stats = req.time_stats

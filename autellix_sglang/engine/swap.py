@@ -204,7 +204,7 @@ class SwapManager:
         self._num_chosen += 1
         if self._tree.supports_mamba():
             return Fate.DROP  # SGLang does not put an unfinished request's state into the tree
-        if not own_tokens or not _may_share(req):
+        if not own_tokens or not may_share(req):
             return Fate.KEEP
         return choose(self._mode, own_tokens, self.break_even_tokens, self._num_chosen)
 
@@ -266,6 +266,9 @@ class SwapManager:
             self._fetch(req, adder.rem_total_tokens)
             req.init_next_round_input(self._tree)
 
+    def has_saved(self, req: Req) -> bool:
+        return req in self._saved
+
     def can_prefetch(self, req: Req) -> bool:
         """Whether there is something to bring back that `prefetch` has not brought already."""
         return req in self._saved and req is not self._prefetched
@@ -308,7 +311,7 @@ class SwapManager:
         lock = self._tree.lock(node)
         try:
             free_tokens -= num_evictable - self._tree.evictable_size()
-            if _demand(req, num_matched) + self._page_size >= free_tokens:
+            if kv_demand(req, num_matched) + self._page_size >= free_tokens:
                 return False
             evict_from_tree_cache(self._tree, num_missing + num_others)
             if self._allocator.available_size() < num_missing + num_others:
@@ -380,19 +383,7 @@ class SwapManager:
             assert lent == self._host.num_lent_pages, "a chunk without an owner"
 
 
-class SwapPrefillAdder(PrefillAdder):  # type: ignore[misc]  # SGLang is untyped
-    """SGLang's admission, with the KV of swapped requests back in the tree just before."""
-
-    def __init__(self, swaps: SwapManager, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._swaps = swaps
-
-    def add_one_req(self, req: Req, *args: Any, **kwargs: Any) -> Any:
-        self._swaps.restore(req, self)
-        return super().add_one_req(req, *args, **kwargs)
-
-
-def _demand(req: Req, num_matched: int) -> int:
+def kv_demand(req: Req, num_matched: int) -> int:
     """The KV tokens, but for a page, that SGLang's `add_one_req` asks for with so many matched."""
     max_new = min(
         max(req.sampling_params.max_new_tokens - len(req.output_ids), 0), CLIP_MAX_NEW_TOKENS
@@ -401,7 +392,7 @@ def _demand(req: Req, num_matched: int) -> int:
     return int(uncached + max_new)
 
 
-def _may_share(req: Req) -> bool:
+def may_share(req: Req) -> bool:
     """Whether SGLang lets the request's rows into the radix tree and finds them again there."""
     return not req.skip_radix_cache_insert and req.positional_embed_overrides is None
 

@@ -176,6 +176,41 @@ def test_cached_history_is_evicted_when_room_is_needed():
     assert finish[0] == [7.0, 7.0 + 20.0 + 9.0]
 
 
+def samples(name, count, prompt, output):
+    """A program that samples one prompt so many times at once."""
+    calls = (TraceCall("0", prompt, prompt, output),)
+    calls += tuple(
+        TraceCall(str(i), prompt, 0, output, same_prompt_as="0") for i in range(1, count)
+    )
+    return TraceProgram(name, "test", "chat", calls)
+
+
+@pytest.mark.parametrize(
+    ("name", "wait", "finish"),
+    [
+        # computed for each: 15 s, of which each has its first token; 2 more steps
+        ("fcfs", 4, [17.0, 17.0, 17.0]),
+        ("plas", 0, [17.0, 17.0, 17.0]),
+        ("plas", 6, [17.0, 17.0, 17.0]),
+        # computed once: 5 s; then a pass of 2 tokens; the first has one token less to go
+        ("plas", 5, [9.0, 9.0, 9.0]),
+    ],
+)
+def test_samples_of_a_prompt_wait_for_the_first(name, wait, finish):
+    """Unless it is too short to be worth it; stock order computes it for each."""
+    _, [calls] = run(name, [samples("a", 3, 5, 3)], num_slots=3, prefix_wait=wait)
+
+    assert calls == finish
+
+
+def test_a_call_that_waits_for_a_prefix_keeps_its_place():
+    """Two slots: `b` comes later and gets one only when both samples of `a` are done."""
+    programs = [samples("a", 2, 5, 3), chain("b", (1, 1))]
+    _, finish = run("plas", programs, num_slots=2, prefix_wait=4)
+
+    assert finish == [[8.0, 8.0], [9.0]]
+
+
 # --- conservation -------------------------------------------------------------------------------
 
 SMALL = dataclasses.replace(UNIT, prefill_token_s=0.01, kv_tokens=6000, decode_kv_s=1e-6)

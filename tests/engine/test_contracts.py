@@ -187,6 +187,12 @@ def test_admission_asks_for_the_tokens_we_count() -> None:
     loop = inspect.getsource(Scheduler._get_new_batch_prefill_raw)
     assert "adder = self.get_prefill_adder_class()(" in loop
     assert loop.index("req.init_next_round_input(self.tree_cache)") < loop.index("add_one_req(")
+    # A call that we pass over goes the way of one that was admitted: on to the next.
+    assert "if res != AddReqResult.CONTINUE:" in loop
+    assert "if x not in can_run_set" in loop
+    assert "match_kv_cache(" in inspect.getsource(Req.init_next_round_input)
+    assert "req.num_matched_prefix_tokens = " in inspect.getsource(match_kv_cache)
+    assert isinstance(PrefillAdder.rem_total_tokens, property)
     source = inspect.getsource(PrefillAdder.add_one_req)
     assert "cand_extend_input_len + max_new + self.per_req_token_overhead" in source
     budget = inspect.getsource(PrefillBudget.check_prefill)
