@@ -145,7 +145,7 @@ class FakeEngine:
     def preemptible(self) -> Sequence[Call]:
         return [request.call for request in self.running if not request.num_missing]
 
-    def demand(self, call: Call) -> Demand:
+    def demand(self, call: Call, ahead: Sequence[Call]) -> Demand:
         request: Request = call.handle
         num_uncached = request.num_tokens - self._kept.get(request, 0)
         return Demand(request.num_tokens + 1, num_uncached)
@@ -193,7 +193,7 @@ class FakeEngine:
         num_prefill = self.prefill_tokens
         while self.waiting and self.free_slots > 0 and num_prefill > 0:
             request = self.waiting[0]
-            if self.demand(request.call).kv_tokens > self.free_kv_tokens:
+            if self.demand(request.call, ()).kv_tokens > self.free_kv_tokens:
                 return
             del self.waiting[0]
             request.num_missing = request.num_tokens - self._kept.pop(request, 0)

@@ -64,7 +64,7 @@ class FullEngine:
     def preemptible(self) -> Sequence[Call]:
         return [call for call in self.running if call.handle is not None]
 
-    def demand(self, call: Call) -> Demand:
+    def demand(self, call: Call, ahead: Sequence[Call]) -> Demand:
         return Demand(PREFILL, PREFILL)
 
     def holding(self, call: Call) -> int:

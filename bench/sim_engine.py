@@ -35,7 +35,7 @@ from typing import Final
 
 from autellix_sglang.config import ProgramConfig
 from autellix_sglang.core.kv import LossShare
-from autellix_sglang.core.planner import MAX_HELD, Demand, Planner
+from autellix_sglang.core.planner import Demand, Planner
 from autellix_sglang.core.policy import POLICIES, Levels, Policy, call_turn, program_turn
 from autellix_sglang.core.program import Call, Program, ProgramTable
 from autellix_sglang.core.sizes import LEADING_TOKENS, Ladder
@@ -483,10 +483,18 @@ class SimEngine:
                     self._may_leave_at = min(self._may_leave_at, may_leave_at)
         return [request.call for request in self._decoding]
 
-    def demand(self, call: Call) -> Demand:
+    def demand(self, call: Call, ahead: Sequence[Call]) -> Demand:
         request: Request = call.handle
+        under_way: set[Node] = set()
+        if self._prefix_wait:
+            under_way.update(*(self._new_nodes(other.handle) for other in ahead))
+            under_way.update(*(self._new_nodes(other) for other in self._prefilling))
+        return self._demand(request, self._num_awaited(request, under_way))
+
+    def _demand(self, request: Request, num_awaited: int) -> Demand:
+        """What a call takes if others bring so many more of its tokens into the cache."""
         node = self.cache.match(request.leaf)
-        num_new = request.num_tokens - node.end
+        num_new = request.num_tokens - node.end - num_awaited
         num_kv = num_new + self.cache.num_unlocked(node) + request.num_left
         return Demand(num_kv, max(1, num_new - request.num_on_host))
 
@@ -508,18 +516,21 @@ class SimEngine:
         Those that wait for a prefix keep their place: others get what they leave.
         """
         num_prefill = self._chunk_tokens - sum(r.num_missing for r in self._prefilling)
-        under_way = {node for request in self._prefilling for node in self._new_nodes(request)}
+        under_way: set[Node] = set()
+        if self._prefix_wait:
+            under_way.update(*map(self._new_nodes, self._prefilling))
         num_held = num_held_kv = 0
         for call in self._next_up():
             if self.free_slots <= num_held or num_prefill <= 0:
                 return
             request: Request = call.handle
-            num_awaited = self._num_awaited(request, under_way) if num_held < MAX_HELD else 0
+            num_awaited = self._num_awaited(request, under_way)
+            num_kv = self._demand(request, num_awaited).kv_tokens
             if num_awaited:
                 num_held += 1
-                num_held_kv += self.demand(call).kv_tokens - num_awaited
+                num_held_kv += num_kv
                 continue
-            if self.demand(call).kv_tokens > self.free_kv_tokens - num_held_kv:
+            if num_kv > self.free_kv_tokens - num_held_kv:
                 return
             self._start(request)
             num_prefill -= request.num_missing
@@ -532,11 +543,12 @@ class SimEngine:
 
     def _num_awaited(self, request: Request, under_way: set[Node]) -> int:
         """Tokens that the call had better wait for, because they are being computed; or 0."""
-        if not self._prefix_wait or request.num_on_host:
+        if not under_way or request.num_on_host:
             return 0
         for node in self._new_nodes(request):
             if node in under_way:
-                num_tokens = node.end - self.cache.match(node).end
+                end = min(node.end, request.num_tokens - 1)  # the last one is computed in any case
+                num_tokens = end - self.cache.match(node).end
                 return num_tokens if num_tokens >= self._prefix_wait else 0
         return 0
 

@@ -107,7 +107,12 @@ class Rig:
     def reqs_prefilling_in_flight(self) -> set[Req]:
         return set()
 
-    def get_num_allocatable_reqs(self, num_running: int, running_batch: Any = None) -> int:
+    def prompts_in_flight(self) -> list[Req]:
+        return []
+
+    def get_num_allocatable_reqs(
+        self, num_running: int, running_batch: Any = None, num_held_rows: int = 0
+    ) -> int:
         return self._num_slots - num_running
 
     # -- what clients and the scheduler do -------------------------------------------------------

@@ -12,8 +12,6 @@ from typing import Final, Protocol
 
 from autellix_sglang.core.program import Call, ProgramTable
 
-MAX_HELD: Final = 64  # calls in a pass that wait for a prefix: each is matched anew
-
 
 @dataclass(frozen=True, slots=True)
 class Demand:
@@ -41,8 +39,8 @@ class EngineView(Protocol):
     def preemptible(self) -> Sequence[Call]:
         """Running calls that the engine is able to take off the batch now."""
 
-    def demand(self, call: Call) -> Demand:
-        """What admitting a waiting call takes."""
+    def demand(self, call: Call, ahead: Sequence[Call]) -> Demand:
+        """What admitting a waiting call takes, if those `ahead` are admitted before it."""
 
     def holding(self, call: Call) -> int:
         """KV tokens that preempting a running call would make available."""
@@ -141,10 +139,11 @@ def _select(table: ProgramTable, engine: EngineView, candidates: list[Call]) -> 
     slots, kv_tokens = engine.free_slots, engine.free_kv_tokens
     prefill_tokens = engine.prefill_tokens
     chosen: list[Call] = []
+    ahead: list[Call] = []
     for call in table.queue:
         if not candidates or candidates[-1].level <= call.level or prefill_tokens <= 0:
             break
-        demand = engine.demand(call)
+        demand = engine.demand(call, ahead)
         taken: list[Call] = []
         slots_then, kv_then = slots, kv_tokens
         while (slots_then < 1 or kv_then < demand.kv_tokens) and candidates:
@@ -160,4 +159,5 @@ def _select(table: ProgramTable, engine: EngineView, candidates: list[Call]) -> 
         slots = slots_then - 1
         kv_tokens = kv_then - demand.kv_tokens
         prefill_tokens -= demand.prefill_tokens
+        ahead.append(call)
     return tuple(chosen)

@@ -9,11 +9,11 @@ that they will need.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Final
 
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 
-from autellix_sglang.core.planner import MAX_HELD
 from autellix_sglang.engine.swap import common_prefix, kv_demand, may_share
 from autellix_sglang.engine.tracking import tracked
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
     from autellix_sglang.engine.scheduler import ProgramScheduler
+
+MAX_HELD: Final = 64  # calls that wait in a pass: each is matched with the tree anew
 
 
 class ProgramPrefillAdder(PrefillAdder):  # type: ignore[misc]  # SGLang is untyped
@@ -33,67 +35,73 @@ class ProgramPrefillAdder(PrefillAdder):  # type: ignore[misc]  # SGLang is unty
         super().__init__(*args, **kwargs)
         self.num_held = 0
         self._scheduler = scheduler
-        self._prefilling = scheduler.reqs_prefilling_in_flight()
+        self._in_flight = scheduler.prompts_in_flight()
         self._held_tokens = 0  # KV that the held ones will ask for
-        self._wait_tokens = _least_wait(scheduler)
 
     def add_one_req(self, req: Req, *args: Any, **kwargs: Any) -> AddReqResult:
-        num_awaited = self._num_awaited(req)
-        if num_awaited:
+        awaited = prefix_under_way(self._scheduler, req, (*self.can_run_list, *self._in_flight))
+        if awaited and not self._was_in_vain(req):
+            if self.num_held >= MAX_HELD:
+                return AddReqResult.OTHER
             self.num_held += 1
-            self._held_tokens += kv_demand(req, num_awaited) + self.page_size
-            tracked(req).was_held = True
+            self._held_tokens += kv_demand(req, awaited) + self.page_size
+            tracked(req).waited_at = req.num_matched_prefix_tokens
             return AddReqResult.CONTINUE
         if self.num_held and not self._leaves_room(req):
             return AddReqResult.OTHER
         self._scheduler.swaps.restore(req, self)
         return super().add_one_req(req, *args, **kwargs)
 
-    def _num_awaited(self, req: Req) -> int:
-        """Leading tokens that will be cached once what runs now is, if that is worth waiting for.
+    def _was_in_vain(self, req: Req) -> bool:
+        """Whether it waited before, nobody computes on what it waited for, and it has no more.
 
-        0 where it is not.
+        SGLang may leave a prefix out of the tree, or find less of it than is there.
         """
-        if not self._wait_tokens or self.num_held >= MAX_HELD or not may_share(req):
-            return 0
-        if self._scheduler.swaps.has_saved(req):
-            return 0
-        end = req.num_matched_prefix_tokens + self._wait_tokens
-        tokens = req.full_untruncated_fill_ids
-        if end >= len(tokens):  # the last token is computed in any case
-            return 0
-        for other in (*self.can_run_list, *self._prefilling):
-            theirs = other.full_untruncated_fill_ids
-            if (
-                len(theirs) >= end
-                and theirs[end - 1] == tokens[end - 1]
-                and _is_same_tree(req, other)
-                and common_prefix(tokens, theirs, end) == end
-            ):
-                return common_prefix(tokens, theirs, len(tokens) - 1)
-        return 0
+        waited_at = tracked(req).waited_at
+        if waited_at is None or req.num_matched_prefix_tokens > waited_at:
+            return False
+        return not prefix_under_way(self._scheduler, req, self._in_flight)
 
     def _leaves_room(self, req: Req) -> bool:
         """Whether the held ones would still fit if this one were admitted."""
         batch = self.running_batch
-        num_slots = self._scheduler.get_num_allocatable_reqs(len(batch.reqs), running_batch=batch)
-        num_tokens = kv_demand(req, req.num_matched_prefix_tokens) + self.page_size
-        return bool(
-            len(self.can_run_list) + self.num_held < num_slots
-            and num_tokens + self._held_tokens < self.rem_total_tokens
+        num_slots = self._scheduler.get_num_allocatable_reqs(
+            len(batch.reqs),
+            running_batch=batch,
+            num_held_rows=sum(r.kv.holds_kv for r in self.can_run_list),
         )
+        if len(self.can_run_list) + self.num_held >= num_slots:
+            return False
+        num_tokens = kv_demand(req, req.num_matched_prefix_tokens) + self.page_size
+        with self._lock_node(req.last_node):  # what it has cached is not to be evicted then
+            return bool(num_tokens + self._held_tokens < self.rem_total_tokens)
 
 
-def _least_wait(scheduler: ProgramScheduler) -> int:
-    """Tokens that are worth waiting for; 0 where prefixes are not found again."""
+def prefix_under_way(scheduler: ProgramScheduler, req: Req, others: Iterable[Req]) -> int:
+    """Leading tokens of a waiting request that `others`, once computed, bring into the tree.
+
+    0 where that is not worth waiting for: fewer than `--program-prefix-wait` tokens more than what
+    is there, which the request was matched with just now; or where they would not be found.
+    """
     tree, least = scheduler.tree_cache, scheduler.program_config.prefix_wait
-    # SGLang stages a recurrent state for each request that it looks at.
+    # Of models with a recurrent state SGLang stages one for each request that it looks at.
     if not least or getattr(tree, "disable", False) or tree.supports_mamba():
         return 0
-    return max(least, int(scheduler.page_size))
-
-
-def _is_same_tree(req: Req, other: Req) -> bool:
-    """Whether one finds the other's rows in the radix tree."""
-    keys = (req.extra_key, req.cache_salt), (other.extra_key, other.cache_salt)
-    return keys[0] == keys[1] and may_share(other)
+    if not may_share(req) or scheduler.swaps.has_saved(req):
+        return 0
+    tokens, start = req.full_untruncated_fill_ids, req.num_matched_prefix_tokens
+    page = scheduler.page_size
+    end, limit = start + max(least, page), req._compute_max_prefix_len(len(tokens))
+    if end > limit:
+        return 0
+    wanted = tokens[start:end]
+    longest = 0
+    for other in others:
+        theirs = other.full_untruncated_fill_ids
+        if (
+            theirs[start:end] == wanted
+            and (other.extra_key, other.cache_salt) == (req.extra_key, req.cache_salt)
+            and may_share(other)
+        ):
+            longest = max(longest, common_prefix(tokens, theirs, limit))
+    return longest // page * page if longest >= end else 0

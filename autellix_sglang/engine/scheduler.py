@@ -269,7 +269,8 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
             self.swaps.note_admission(req, num_cached)
             call = call_of(req)
             if call is not None and call.phase is Phase.WAITING:
-                self.num_prefix_waits += tracked(req).was_held
+                self.num_prefix_waits += tracked(req).waited_at is not None
+                tracked(req).waited_at = None
                 num_computed = tracked(req).num_computed_tokens
                 if call.num_preemptions:
                     stats = req.time_stats
@@ -331,6 +332,20 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
             and self.get_num_allocatable_reqs(len(running_batch.reqs), running_batch=running_batch)
             > 0
         )
+
+    def prompts_in_flight(self) -> list[Any]:
+        """Requests whose prompt is being computed, in order (overlap scheduling).
+
+        Not those that a mixed batch decodes beside them.
+        """
+        queue = getattr(self, "result_queue", ())
+        return [
+            req
+            for batch, _ in queue
+            if batch.forward_mode.is_extend()
+            for req in batch.reqs
+            if req not in (batch.decoding_reqs or ())
+        ]
 
     def reqs_prefilling_in_flight(self) -> set[Any]:
         """Requests whose prefill result is not processed yet (overlap scheduling)."""

@@ -24,7 +24,7 @@ class Tracked:
     num_charged_outputs: int = 0
     num_computed_tokens: int = 0  # longest prefix whose computation was charged
     preempted_s: float = 0.0  # off the batch, by this rank's clock: for rank 0's timeouts only
-    was_held: bool = False  # it waited for a prefix that another call was computing
+    waited_at: int | None = None  # tokens cached when it last waited for more of its prefix
     history: History | None = None  # of the prompt, where calls are joined by their tokens
 
 

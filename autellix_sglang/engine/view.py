@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
@@ -9,6 +10,7 @@ from sglang.srt.mem_cache.common import match_kv_cache
 
 from autellix_sglang.core.planner import Demand
 from autellix_sglang.core.program import Call
+from autellix_sglang.engine.admission import prefix_under_way
 from autellix_sglang.engine.tracking import call_of
 
 if TYPE_CHECKING:
@@ -56,13 +58,16 @@ class SchedulerView:
         ]
         return [call for call in calls if call is not None]
 
-    def demand(self, call: Call) -> Demand:
-        req = call.handle
-        match_kv_cache(req, self._scheduler.tree_cache)
-        num_tokens = len(req.origin_input_ids) + len(req.output_ids)
-        num_matched = req.num_matched_prefix_tokens
+    def demand(self, call: Call, ahead: Sequence[Call]) -> Demand:
+        scheduler, req = self._scheduler, call.handle
+        req.refresh_fill_ids()
+        match_kv_cache(req, scheduler.tree_cache)
+        num_tokens = len(req.full_untruncated_fill_ids)
+        others = [*(other.handle for other in ahead), *scheduler.prompts_in_flight()]
+        awaited = prefix_under_way(scheduler, req, others)
+        num_matched = max(awaited, req.num_matched_prefix_tokens)
         missing = max(1, num_tokens - num_matched)
-        uncached = max(1, num_tokens - self._scheduler.swaps.cached_tokens(req, num_matched))
+        uncached = max(1, num_tokens - scheduler.swaps.cached_tokens(req, num_matched))
         return Demand(missing + _max_new_tokens(req) + self._scheduler.page_size, uncached)
 
     def holding(self, call: Call) -> int:

@@ -191,9 +191,9 @@ def samples(name, count, prompt, output):
         # computed for each: 15 s, of which each has its first token; 2 more steps
         ("fcfs", 4, [17.0, 17.0, 17.0]),
         ("plas", 0, [17.0, 17.0, 17.0]),
-        ("plas", 6, [17.0, 17.0, 17.0]),
+        ("plas", 5, [17.0, 17.0, 17.0]),  # the last token is computed in any case
         # computed once: 5 s; then a pass of 2 tokens; the first has one token less to go
-        ("plas", 5, [9.0, 9.0, 9.0]),
+        ("plas", 4, [9.0, 9.0, 9.0]),
     ],
 )
 def test_samples_of_a_prompt_wait_for_the_first(name, wait, finish):
@@ -209,6 +209,18 @@ def test_a_call_that_waits_for_a_prefix_keeps_its_place():
     _, finish = run("plas", programs, num_slots=2, prefix_wait=4)
 
     assert finish == [[8.0, 8.0], [9.0]]
+
+
+def test_nobody_is_preempted_for_a_prompt_that_is_computed_once():
+    """Of 100 KV tokens `a` has 62 to come; four samples of 10 tokens need 10 and 4 of their own."""
+    programs = [chain("a", (2, 60)), samples("b", 4, 10, 2)]
+    found = [
+        run("plas", programs, [0.0, 30.0], num_slots=8, kv_tokens=100, quantum=4.0, prefix_wait=w)
+        for w in (0, 4)
+    ]
+    preempted = [engine.table.totals()["num_preemptions"] for engine, _ in found]
+
+    assert preempted == [1, 0]
 
 
 # --- conservation -------------------------------------------------------------------------------

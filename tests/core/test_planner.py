@@ -60,7 +60,7 @@ class Scene:
         calls = self.table.live_calls()
         return [c for c in calls if c.phase is Phase.RUNNING and c.rid not in self.hidden]
 
-    def demand(self, call: Call) -> Demand:
+    def demand(self, call: Call, ahead: Sequence[Call]) -> Demand:
         return self.demands.get(call.rid, Demand(1, 1))
 
     def holding(self, call: Call) -> int:

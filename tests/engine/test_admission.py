@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ pytest.importorskip("sglang")
 from sglang.srt.managers.schedule_batch import Req
 
 from autellix_sglang.config import ProgramConfig
+from autellix_sglang.engine.admission import prefix_under_way
 from bench.swap_rig import Rig, answer, sglang_settings
 from tests.engine.conftest import Engine
 
@@ -64,15 +66,17 @@ def test_nobody_waits_for_less_than_it_is_worth() -> None:
     assert again in rig.running and last in rig.running
 
 
-@pytest.mark.parametrize("how", ["setting", "key", "salt"])
+@pytest.mark.parametrize("how", ["setting", "key", "salt", "logprobs"])
 def test_nobody_waits_where_nothing_is_found(how: str) -> None:
-    """Waiting is off, or what the other computes is in another tree."""
+    """Waiting is off, what the other computes is in another tree, or all has to be computed."""
     rig = _rig(prefix_wait=0 if how == "setting" else WAIT)
     _, second = _submit(rig, PROMPT, PROMPT)
     if how == "key":
         second.extra_key = "adapter"
     elif how == "salt":
         second.cache_salt = "tenant"
+    elif how == "logprobs":
+        second.return_logprob, second.logprob_start_len = True, 0
     rig.step()
     assert _running(rig) == ["0", "1"]
 
@@ -85,6 +89,56 @@ def test_a_call_that_waits_keeps_its_slot() -> None:
     assert _running(rig) == ["0", "2"]
     rig.step()
     assert _running(rig) == ["0", "2", "1"]
+
+
+def test_what_a_later_call_has_cached_is_not_free() -> None:
+    """Its own history, 40 of 120 tokens, would be locked and is not to be had for the one held."""
+    rig = _rig(num_kv_tokens=120)
+    history = [60 + i % 7 for i in range(40)]
+    rig.submit("before", history, 1)
+    rig.step()
+    assert not rig.running and rig.tree_cache.evictable_size() == 40
+    _submit(rig, PROMPT, PROMPT, [*history, 3], num_output=20)
+    rig.step()
+    assert _running(rig) == ["0"]
+
+
+def test_who_waited_in_vain_goes_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefix that never comes into the tree holds nobody up twice."""
+    rig = _rig()
+    first, second = _submit(rig, PROMPT, PROMPT)
+    monkeypatch.setattr("bench.swap_rig.checkpoint_kv_cache", lambda req, tree: None)
+    rig.step()
+    assert second in rig.waiting
+    third = rig.submit("2", PROMPT, 5)
+    rig.waiting[:] = [third, second]
+    rig.step()
+    assert first in rig.running and second in rig.running and third in rig.running
+
+
+def test_the_longest_common_prefix_counts_in_whatever_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ranks see the same requests under way, and reckon the same."""
+    rig = _rig(num_kv_tokens=400)
+    under_way = _submit(rig, [*PROMPT, *[2] * 30], [*PROMPT, *[3] * 30])
+    waiting = rig.submit("w", [*PROMPT, *[2] * 20, *[4] * 10], 5)
+    for req in (*under_way, waiting):
+        req.init_next_round_input(rig.tree_cache)
+    scheduler: Any = rig
+    found = [prefix_under_way(scheduler, waiting, o) for o in (under_way, under_way[::-1])]
+    assert found == [50, 50]
+
+
+def test_no_more_wait_than_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those behind neither pass them nor compute the prompt themselves."""
+    monkeypatch.setattr("autellix_sglang.engine.admission.MAX_HELD", 2)
+    rig = _rig(num_slots=8)
+    _submit(rig, *[PROMPT] * 5, [50] * 5)
+    rig.step()
+    assert _running(rig) == ["0"]
+    rig.step()
+    assert _running(rig) == ["0", "1", "2", "3", "4", "5"]
 
 
 def test_a_call_that_waits_keeps_its_kv() -> None:
