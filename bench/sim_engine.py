@@ -485,10 +485,9 @@ class SimEngine:
 
     def demand(self, call: Call, ahead: Sequence[Call]) -> Demand:
         request: Request = call.handle
-        under_way: set[Node] = set()
-        if self._prefix_wait:
-            under_way.update(*(self._new_nodes(other.handle) for other in ahead))
-            under_way.update(*(self._new_nodes(other) for other in self._prefilling))
+        under_way = self._under_way()
+        for other in ahead:
+            under_way |= self._new_nodes(other.handle)
         return self._demand(request, self._num_awaited(request, under_way))
 
     def _demand(self, request: Request, num_awaited: int) -> Demand:
@@ -516,9 +515,7 @@ class SimEngine:
         Those that wait for a prefix keep their place: others get what they leave.
         """
         num_prefill = self._chunk_tokens - sum(r.num_missing for r in self._prefilling)
-        under_way: set[Node] = set()
-        if self._prefix_wait:
-            under_way.update(*map(self._new_nodes, self._prefilling))
+        under_way = self._under_way()
         num_held = num_held_kv = 0
         for call in self._next_up():
             if self.free_slots <= num_held or num_prefill <= 0:
@@ -534,18 +531,21 @@ class SimEngine:
                 return
             self._start(request)
             num_prefill -= request.num_missing
-            if self._prefix_wait:
-                under_way.update(self._new_nodes(request))
+            under_way |= self._new_nodes(request)
 
-    def _new_nodes(self, request: Request) -> Iterator[Node]:
-        """What a prefilling call will bring into the cache."""
-        return itertools.takewhile(lambda node: not node.is_resident, upwards(request.leaf))
+    def _under_way(self) -> set[Node]:
+        """What is being computed, where calls wait for that."""
+        return set().union(*map(self._new_nodes, self._prefilling))
+
+    def _new_nodes(self, request: Request) -> set[Node]:
+        """What a call that is prefilled brings into the cache; nothing where nobody waits."""
+        return set(_missing(request.leaf)) if self._prefix_wait else set()
 
     def _num_awaited(self, request: Request, under_way: set[Node]) -> int:
         """Tokens that the call had better wait for, because they are being computed; or 0."""
         if not under_way or request.num_on_host:
             return 0
-        for node in self._new_nodes(request):
+        for node in _missing(request.leaf):
             if node in under_way:
                 end = min(node.end, request.num_tokens - 1)  # the last one is computed in any case
                 num_tokens = end - self.cache.match(node).end
@@ -800,6 +800,11 @@ class SimEngine:
         assert self.free_kv_tokens >= 0
         assert len(running) <= self._num_slots
         assert len(running) + len(self.table.queue) == self.table.num_live_calls
+
+
+def _missing(leaf: Node) -> Iterator[Node]:
+    """The nodes on the way to `leaf` that are not in the cache, from the leaf on."""
+    return itertools.takewhile(lambda node: not node.is_resident, upwards(leaf))
 
 
 def _edge(program: Program) -> float:

@@ -531,12 +531,11 @@ class Hub:
         earlier = self.workers.get(register.worker)
         worker = RemoteWorker(self, address, session, register)
         if earlier is not None:
-            same_process = earlier.address == address
-            self._lose(
-                earlier, "it joined anew", LinkLostError if same_process else WorkerLostError
-            )
+            is_other = earlier.address != address
+            error = WorkerLostError if is_other else LinkLostError
+            self._lose(earlier, "it joined anew", error)
             worker.displaced = earlier.displaced
-            if earlier.address != address:  # it may still be there
+            if is_other:  # it may still be there
                 worker.displaced.add(earlier.address)
                 self._refuse(earlier.address, earlier.id)
         self.workers[worker.id] = self._by_address[address] = worker

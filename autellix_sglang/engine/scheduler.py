@@ -338,19 +338,19 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
 
         Not those that a mixed batch decodes beside them.
         """
-        queue = getattr(self, "result_queue", ())
-        return [
-            req
-            for batch, _ in queue
-            if batch.forward_mode.is_extend()
-            for req in batch.reqs
-            if req not in (batch.decoding_reqs or ())
-        ]
+        found: list[Any] = []
+        for batch in self._prefills_in_flight():
+            decoding = set(batch.decoding_reqs or ())
+            found += [req for req in batch.reqs if req not in decoding]
+        return found
 
     def reqs_prefilling_in_flight(self) -> set[Any]:
         """Requests whose prefill result is not processed yet (overlap scheduling)."""
+        return {req for batch in self._prefills_in_flight() for req in batch.reqs}
+
+    def _prefills_in_flight(self) -> list[Any]:
         queue = getattr(self, "result_queue", ())
-        return {req for batch, _ in queue if batch.forward_mode.is_extend() for req in batch.reqs}
+        return [batch for batch, _ in queue if batch.forward_mode.is_extend()]
 
     # -- safety net ------------------------------------------------------------------------------
 

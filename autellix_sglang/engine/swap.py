@@ -385,11 +385,13 @@ class SwapManager:
 
 def kv_demand(req: Req, num_matched: int) -> int:
     """The KV tokens, but for a page, that SGLang's `add_one_req` asks for with so many matched."""
-    max_new = min(
-        max(req.sampling_params.max_new_tokens - len(req.output_ids), 0), CLIP_MAX_NEW_TOKENS
-    )
-    uncached = len(req.full_untruncated_fill_ids) - num_matched
-    return int(uncached + max_new)
+    return len(req.full_untruncated_fill_ids) - num_matched + max_new_tokens(req)
+
+
+def max_new_tokens(req: Req) -> int:
+    """The tokens that SGLang counts on a request to generate yet, at most."""
+    left = req.sampling_params.max_new_tokens - len(req.output_ids)
+    return int(max(0, min(left, CLIP_MAX_NEW_TOKENS)))
 
 
 def may_share(req: Req) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 from sglang.srt.mem_cache.common import match_kv_cache
 
 from autellix_sglang.core.planner import Demand
 from autellix_sglang.core.program import Call
 from autellix_sglang.engine.admission import prefix_under_way
+from autellix_sglang.engine.swap import max_new_tokens
 from autellix_sglang.engine.tracking import call_of
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ class SchedulerView:
         limits = (scheduler.max_prefill_tokens, scheduler.chunked_prefill_size)
         return int(min(limit for limit in limits if limit is not None))
 
+    @cached_property
+    def _prompts_in_flight(self) -> list[Any]:
+        return self._scheduler.prompts_in_flight()
+
     def preemptible(self) -> list[Call]:
         in_flight = self._scheduler.reqs_prefilling_in_flight()
         calls = [
@@ -63,12 +68,12 @@ class SchedulerView:
         req.refresh_fill_ids()
         match_kv_cache(req, scheduler.tree_cache)
         num_tokens = len(req.full_untruncated_fill_ids)
-        others = [*(other.handle for other in ahead), *scheduler.prompts_in_flight()]
+        others = [*(other.handle for other in ahead), *self._prompts_in_flight]
         awaited = prefix_under_way(scheduler, req, others)
         num_matched = max(awaited, req.num_matched_prefix_tokens)
         missing = max(1, num_tokens - num_matched)
         uncached = max(1, num_tokens - scheduler.swaps.cached_tokens(req, num_matched))
-        return Demand(missing + _max_new_tokens(req) + self._scheduler.page_size, uncached)
+        return Demand(missing + max_new_tokens(req) + scheduler.page_size, uncached)
 
     def holding(self, call: Call) -> int:
         req = call.handle
@@ -83,12 +88,7 @@ class SchedulerView:
         """KV tokens that SGLang sets aside for what a running request may still generate."""
         is_fixed = req.sampling_params.ignore_eos  # no early end to count on
         ratio = 1.0 if is_fixed else self._scheduler.new_token_ratio_tracker.current
-        return int(_max_new_tokens(req) * ratio)
-
-
-def _max_new_tokens(req: Any) -> int:
-    left = req.sampling_params.max_new_tokens - len(req.output_ids)
-    return int(max(0, min(left, CLIP_MAX_NEW_TOKENS)))
+        return int(max_new_tokens(req) * ratio)
 
 
 def is_preemptible(req: Any) -> bool:

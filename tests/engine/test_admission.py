@@ -116,9 +116,7 @@ def test_who_waited_in_vain_goes_next(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first in rig.running and second in rig.running and third in rig.running
 
 
-def test_the_longest_common_prefix_counts_in_whatever_order(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_longest_common_prefix_counts_in_whatever_order() -> None:
     """Ranks see the same requests under way, and reckon the same."""
     rig = _rig(num_kv_tokens=400)
     under_way = _submit(rig, [*PROMPT, *[2] * 30], [*PROMPT, *[3] * 30])
@@ -128,6 +126,18 @@ def test_the_longest_common_prefix_counts_in_whatever_order(
     scheduler: Any = rig
     found = [prefix_under_way(scheduler, waiting, o) for o in (under_way, under_way[::-1])]
     assert found == [50, 50]
+
+
+def test_nobody_waits_beside_a_recurrent_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang stages one for each request that it looks at, admitted or not."""
+    rig = _rig()
+    first, second = _submit(rig, PROMPT, PROMPT)
+    for req in (first, second):
+        req.init_next_round_input(rig.tree_cache)
+    scheduler: Any = rig
+    assert prefix_under_way(scheduler, second, [first]) == len(PROMPT) - 1
+    monkeypatch.setattr(rig.tree_cache, "supports_mamba", lambda: True)
+    assert prefix_under_way(scheduler, second, [first]) == 0
 
 
 def test_no_more_wait_than_may(monkeypatch: pytest.MonkeyPatch) -> None:
