@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from autellix_sglang import __version__
+from autellix_sglang import __version__, platform
 from autellix_sglang.config import ENV_VAR, ProgramConfig, add_arguments, flag_of, from_arguments
 from autellix_sglang.engine.support import check_supported, check_version
 from autellix_sglang.errors import AutellixError, ConfigError
@@ -125,6 +125,14 @@ def prepare(config: ProgramConfig, sglang_argv: list[str]) -> Any:
     from sglang.srt.server_args import ServerArgs, prepare_server_args
 
     given = given_flags(sglang_argv)
+    if platform.has_unusable_gpu():
+        if "--device" not in given:
+            raise ConfigError(
+                "--device",
+                "PyTorch cannot use this machine's NVIDIA GPU, whose driver may be too old for it "
+                "(compare nvidia-smi); --device cpu serves on the CPU",
+            )
+        os.environ.setdefault(platform.ENV_SWITCH, "1")  # for the processes to come
     if "--config" not in given:
         parser = _Parser(prog="sglang", add_help=False)  # SGLang's own prints every flag it has
         ServerArgs.add_cli_args(parser)
@@ -189,9 +197,7 @@ def _default_flags(given: frozenset[str]) -> list[str]:
     flags: dict[str, str] = {}
     if not given.intersection(MODEL_FLAGS):
         flags |= _builtin_model_flags()
-    from autellix_sglang.platform import has_accelerator
-
-    if not has_accelerator():
+    if not platform.has_accelerator():
         flags |= {"--device": "cpu", "--attention-backend": "torch_native"}
     missing = {flag: value for flag, value in flags.items() if flag not in given}
     return [part for item in missing.items() for part in item]
@@ -203,7 +209,9 @@ def _builtin_model_flags() -> dict[str, str]:
     path = str(ensure_tiny_model())
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, datefmt="%Y-%m-%d %H:%M:%S")
     logger.warning("no --model-path: serving the built-in tiny model with random weights, %s", path)
-    return {"--model-path": path, "--dtype": "float32", "--served-model-name": "tiny-llama"}
+    # Float32 has no ties that depend on the batch; the attention kernels of GPUs refuse it.
+    dtype = "bfloat16" if platform.has_accelerator() else "float32"
+    return {"--model-path": path, "--dtype": dtype, "--served-model-name": "tiny-llama"}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -29,6 +29,7 @@ The last line of stdout is one JSON object.
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import sys
 import time
@@ -36,6 +37,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, Final
 
 import psutil
@@ -49,7 +51,7 @@ Variant = Callable[[], AbstractContextManager[tuple[Move, Move]]]  # out, in
 OURS: Final = ("direct", "staged", "reference")
 BASELINES: Final = ("ceiling", "per block", "get_cpu_copy", "hicache")
 LARGE_BYTES: Final = 64 * 2**20  # from here on the bars count
-ENOUGH_S: Final = 0.5  # spent on one move of one variant
+ENOUGH_S: Final = 0.25  # spent on one move of one variant
 PREFILL_TOKENS: Final = 4096  # in one batch, for the rate
 MAX_SMALL_COPIES: Final = 100_000  # of one measurement by a variant that copies piece by piece
 QUICK_BYTES: Final = 128 * 2**20
@@ -120,14 +122,18 @@ class Case:
 
 
 def cases(is_quick: bool) -> Iterator[Case]:
-    """All combinations; with `is_quick` few of them."""
-    victims = (1, 8) if is_quick else (1, 4, 16, 64)
-    tokens = (128, 512) if is_quick else (128, 512, 2048, 8192, 32768)
-    for page_size in (1, 64) if is_quick else (1, 16, 64):
-        for shape in SHAPES:
-            for num_victims in victims:
-                for num_tokens in tokens:
-                    yield Case(shape, page_size, num_victims, num_tokens)
+    """All combinations; with `is_quick` few of them.
+
+    Should time run out, the first ones span the ranges: every shape and page size for one victim of
+    each length, then several victims in a shuffled order.
+    """
+    lengths = (128, 512) if is_quick else (128, 512, 2048, 8192, 32768)
+    one = [(1, length) for length in lengths]
+    several = list(product((8,) if is_quick else (4, 16, 64), lengths))
+    random.Random(0).shuffle(several)
+    page_sizes = (1, 64) if is_quick else (1, 16, 64)
+    for (num_victims, num_tokens), shape, page_size in product(one + several, SHAPES, page_sizes):
+        yield Case(shape, page_size, num_victims, num_tokens)
 
 
 def fits(case: Case, is_quick: bool, num_free_bytes: int) -> bool:

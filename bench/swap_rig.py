@@ -237,6 +237,7 @@ class Rig:
 
     def _make_room(self) -> None:
         """Retract the youngest calls until every running one has a KV token to write."""
+        self.swaps.settle()
         while self.running:
             evict_from_tree_cache(self.tree_cache, len(self.running))
             if self.token_to_kv_pool_allocator.available_size() >= len(self.running):

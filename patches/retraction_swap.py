@@ -22,6 +22,9 @@ _stock = ScheduleBatch.release_req
 class Releaser(Protocol):
     """The part of `engine.swap.SwapManager` that this patch calls."""
 
+    def settle(self) -> None:
+        """Let the next batch wait for the copies that none has waited for yet."""
+
     def retract(self, victim: Any, staying: list[Any]) -> None:
         """Take a running request's KV off the device, for lack of memory."""
 
@@ -31,6 +34,7 @@ def install(releaser: Releaser) -> None:
 
     def release_req(batch: Any, idx: int, remaing_req_count: int, offload_kv: bool = True) -> bool:
         req = batch.reqs[idx]
+        releaser.settle()  # what is evicted below, by us or by SGLang, may be on its way back in
         if not offload_kv or call_of(req) is None or not is_preemptible(req):
             is_resumable: bool = _stock(batch, idx, remaing_req_count, offload_kv)
             return is_resumable

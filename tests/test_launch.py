@@ -168,6 +168,23 @@ def test_bare_command_line_serves_the_tiny_model(tiny_model, monkeypatch, caplog
     assert "built-in tiny model" in caplog.messages[0]
 
 
+def test_on_a_gpu_the_tiny_model_has_a_type_that_its_kernels_take(tiny_model, monkeypatch):
+    """Attention kernels of GPUs refuse float32; everything else is left to SGLang."""
+    pretend_accelerator(monkeypatch, True)
+    flags = launch._default_flags(frozenset())
+    settings = dict(zip(flags[::2], flags[1::2], strict=True))
+    assert settings["--dtype"] == "bfloat16"
+    assert settings.keys() == {"--model-path", "--dtype", "--served-model-name"}
+    assert not launch._default_flags(frozenset({"--model-path"})), "a user's model is left alone"
+
+
+def test_a_gpu_that_cannot_be_used_is_said_before_anything_starts(monkeypatch, capsys):
+    """One line names the flag that serves on the CPU all the same."""
+    monkeypatch.setattr(launch.platform, "has_unusable_gpu", lambda: True)
+    assert launch.main(["--model-path", "/nowhere"]) == 2
+    assert "--device: PyTorch cannot use this machine's NVIDIA GPU" in capsys.readouterr().err
+
+
 def test_given_flags_are_not_overridden(tiny_model, monkeypatch):
     """Defaults fill in what the user left out and nothing else."""
     pretend_accelerator(monkeypatch, False)

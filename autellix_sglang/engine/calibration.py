@@ -20,7 +20,7 @@ SHORT_TOKENS: Final = 8
 LONG_TOKENS: Final = 1024
 DECODE_TOKENS: Final = 33
 NUM_ROUNDS: Final = 3
-BUDGET_S: Final = 4.0  # no further round is begun after this
+BUDGET_S: Final = 4.0  # no further round is begun after this, once there is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,33 +34,48 @@ class Calibration:
     def prefill_weight(self) -> float:
         return self.prefill_token_s / self.decode_step_s
 
+    @property
+    def is_plausible(self) -> bool:
+        """A prompt's token never costs more than a whole step, which reads all weights for one."""
+        return 0 < self.prefill_token_s < self.decode_step_s
+
 
 async def measure(manager: Any) -> Calibration | None:
     """The medians over rounds; None if the model's limits, noise or other traffic forbid it.
 
-    `manager` is a `TokenizerManager`. The first round, which pays for what the engine does once,
-    is not counted unless it has used up the budget.
+    `manager` is a `TokenizerManager`. A first round is never counted: it pays for what the engine
+    does once, which on a GPU may be seconds of compiling.
     """
-    num_long = long_prompt_tokens(manager)
-    if num_long < 4 * SHORT_TOKENS:
+    if long_prompt_tokens(manager) < 4 * SHORT_TOKENS:
         return None
     rng = random.Random(0)
-    rounds: list[tuple[float, float]] = []
+    if await _measure_once(manager, rng) is None:
+        return None
+    rounds: list[Calibration] = []
     started = time.perf_counter()
-    while len(rounds) <= NUM_ROUNDS and (not rounds or time.perf_counter() - started < BUDGET_S):
-        long_s = await _time_alone(manager, rng, num_long, 1)
-        short_s = await _time_alone(manager, rng, SHORT_TOKENS, 1)
-        decode_s = await _time_alone(manager, rng, SHORT_TOKENS, DECODE_TOKENS)
-        if long_s is None or short_s is None or decode_s is None:
+    while len(rounds) < NUM_ROUNDS and (not rounds or time.perf_counter() - started < BUDGET_S):
+        one = await _measure_once(manager, rng)
+        if one is None:
             return None
-        prefill_token_s = (long_s - short_s) / (num_long - SHORT_TOKENS)
-        rounds.append((prefill_token_s, (decode_s - short_s) / (DECODE_TOKENS - 1)))
-    counted = rounds[1:] or rounds
+        rounds.append(one)
     found = Calibration(
-        statistics.median(prefill for prefill, _ in counted),
-        statistics.median(decode for _, decode in counted),
+        statistics.median(one.prefill_token_s for one in rounds),
+        statistics.median(one.decode_step_s for one in rounds),
     )
-    return found if found.prefill_token_s > 0 and found.decode_step_s > 0 else None
+    return found if found.is_plausible else None
+
+
+async def _measure_once(manager: Any, rng: random.Random) -> Calibration | None:
+    """One round, which noise may turn negative; None if others were about."""
+    num_long = long_prompt_tokens(manager)
+    long_s = await _time_alone(manager, rng, num_long, 1)
+    short_s = await _time_alone(manager, rng, SHORT_TOKENS, 1)
+    decode_s = await _time_alone(manager, rng, SHORT_TOKENS, DECODE_TOKENS)
+    if long_s is None or short_s is None or decode_s is None:
+        return None
+    return Calibration(
+        (long_s - short_s) / (num_long - SHORT_TOKENS), (decode_s - short_s) / (DECODE_TOKENS - 1)
+    )
 
 
 def long_prompt_tokens(manager: Any) -> int:

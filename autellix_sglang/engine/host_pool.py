@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -110,6 +111,8 @@ def _pin(storage: torch.Tensor) -> None:
     runtime, address = torch.cuda.cudart(), storage.data_ptr()
     status = int(runtime.cudaHostRegister(address, storage.numel(), 0))
     if status:
+        with suppress(RuntimeError):  # the runtime keeps the error for the next launch to report
+            torch.zeros(1, device="cuda")
         raise ConfigError(
             "--program-host-memory",
             f"{storage.numel()} bytes cannot be pinned: CUDA error {status}",

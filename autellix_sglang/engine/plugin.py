@@ -91,9 +91,10 @@ def with_host_memory(config: ProgramConfig, num_replicas: int = 1) -> ProgramCon
     """
     if config.host_memory >= 0:
         return config
-    import psutil
+    from sglang.srt.mem_cache.host_memory import available_host_memory_bytes
 
-    share = default_host_gib(psutil.virtual_memory().available, num_replicas)
+    num_bytes = available_host_memory_bytes(allow_cgroup_fallback=True)  # a container's limit counts
+    share = default_host_gib(num_bytes, num_replicas)
     return config.replace(host_memory=share)
 
 

@@ -287,6 +287,8 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         first = self.program_table.queue.first()
         if first is None or not self.swaps.can_prefetch(first.handle):
             return
+        if any(req.beam_group is not None for req in running_batch.reqs):
+            return  # SGLang may take rows beyond the usual for beams
         free_tokens = SchedulerView(self, running_batch).free_kv_tokens
         self.swaps.prefetch(first.handle, free_tokens, len(running_batch.reqs))
 

@@ -35,12 +35,14 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
 import torch
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, PrefillAdder
+from sglang.srt.managers.utils import allocate_distinct_stream
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.common import evict_from_tree_cache, release_kv_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -56,7 +58,7 @@ from autellix_sglang.engine.swap_op import (
     swap_in,
     swap_out,
 )
-from autellix_sglang.errors import ConfigError, KernelError
+from autellix_sglang.errors import ConfigError, KernelError, SwapError
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +170,7 @@ class SwapManager:
         try:
             mover = mover_for(self._kv)
             return mover, HostPool.sized(self._kv, num_bytes), measure_link(self._kv, mover)
-        except KernelError as error:
+        except (KernelError, SwapError, RuntimeError) as error:  # the last is torch out of memory
             raise ConfigError("--program-kv", f"{config.kv!r}: {error}") from error
 
     # -- out -------------------------------------------------------------------------------------
@@ -197,7 +199,6 @@ class SwapManager:
     def retract(self, victim: Req, staying: Sequence[Req]) -> None:
         """`release` one request because the KV pool is full."""
         self.num_retractions += 1
-        self.settle()
         self.release([victim], staying)
 
     def _choose(self, req: Req, own_tokens: int) -> Fate:
@@ -431,11 +432,22 @@ class CopyOrder:
 
     def __init__(self, device: torch.device, scheduler: Any) -> None:
         self._is_async = device.type == "cuda"
-        if self._is_async:
-            self._stream = torch.cuda.Stream(device)
-            # With overlap scheduling a batch is in flight on a stream of its own.
-            self._forward = scheduler.forward_stream if scheduler.enable_overlap else None
-            self._is_settled = True
+        self._scheduler = scheduler
+        # With overlap scheduling a batch is in flight on a stream of its own.
+        has_own = self._is_async and scheduler.enable_overlap
+        self._forward = scheduler.forward_stream if has_own else None
+        self._is_settled = True
+
+    @cached_property
+    def _stream(self) -> Any:
+        """A stream that is none of SGLang's: PyTorch hands out a few of them in turn.
+
+        Made at the first copy, when SGLang has all of its own.
+        """
+        taken = [torch.cuda.current_stream()]
+        if self._forward is not None:
+            taken += [self._forward, self._scheduler.copy_stream]
+        return allocate_distinct_stream(torch.cuda, taken)
 
     def settle(self) -> None:
         """Let the next batch wait for all copies so far."""

@@ -316,7 +316,8 @@ class StagedMover(DirectMover):
         self, pool: KVPool, slots: torch.Tensor, chunk: HostChunk
     ) -> Iterator[tuple[torch.Tensor, HostChunk, torch.Tensor]]:
         """(slots, their part of the chunk, the staging buffer) for each filling of the latter."""
-        size = min(len(slots), max(1, self._staging_bytes // pool.record_bytes))
+        # Always as large, so that the allocator has it at hand from the second move on.
+        size = max(1, self._staging_bytes // pool.record_bytes)
         shape = (size, pool.record_bytes)
         staging = torch.empty(shape, dtype=torch.uint8, device=pool.device)
         for start in range(0, len(slots), size):

@@ -107,7 +107,7 @@ def _is_plain_mha(kv_cache: Any) -> bool:
     """Rows are token slots, and nothing but K and V belongs to them."""
     num_slots = kv_cache.size + kv_cache.page_size
     is_by_token = all(len(buffer) == num_slots for buffer in kv_cache.k_buffer)
-    return is_by_token and kv_cache.k_scale_buffer is None
+    return is_by_token and not kv_cache.is_quantized_kv_cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +266,8 @@ def _check_move(pool: KVPool, slots: torch.Tensor, chunk: HostChunk, is_checked:
             f"the chunk's records have {chunk.storage.shape[1]} bytes, the pool's "
             f"{pool.record_bytes}"
         )
-    if pool.device.type == "cuda" and not chunk.storage.is_pinned():
+    # Empty storage has no address that could be pinned.
+    if pool.device.type == "cuda" and len(slots) and not chunk.storage.is_pinned():
         raise SwapError("the chunk's storage is not pinned, so a GPU cannot reach it")
     if not is_checked:
         _check_bounds("slot", slots, pool.num_slots)

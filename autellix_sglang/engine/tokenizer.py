@@ -30,6 +30,7 @@ from autellix_sglang.errors import ControlError, IdentityError
 from autellix_sglang.identity import WIRE_KEY, BodyIdentity, CallTag, HeaderIdentity
 from autellix_sglang.messages import (
     CALIBRATE,
+    CONFIGURE,
     MESSAGES,
     OPEN,
     STATS,
@@ -41,6 +42,7 @@ from autellix_sglang.messages import (
 logger = logging.getLogger(__name__)
 
 CONTROL_TIMEOUT_S: Final = 10.0
+CONFIGURE_TIMEOUT_S: Final = 120.0  # a host pool may have to be pinned, and the kernel compiled
 CALIBRATION_TIMEOUT_S: Final = 60.0
 OUTCOME_KEY: Final = "program"  # in meta_info
 
@@ -109,7 +111,7 @@ class ProgramTokenizerManager(TokenizerManager):  # type: ignore[misc]  # SGLang
         self._result_dispatcher += TypeBasedDispatcher([(ProgramReply, self._take_reply)])
 
     async def program_control(
-        self, control: ProgramControl, timeout_s: float = CONTROL_TIMEOUT_S
+        self, control: ProgramControl, timeout_s: float | None = None
     ) -> ProgramReply:
         """Ask the scheduler; raises `ControlError` when it does not answer in time.
 
@@ -118,6 +120,8 @@ class ProgramTokenizerManager(TokenizerManager):  # type: ignore[misc]  # SGLang
         `FanOutCommunicator`, a late reply would be handed to whoever asks next.
         """
         self.auto_create_handle_loop()
+        if timeout_s is None:
+            timeout_s = CONFIGURE_TIMEOUT_S if control.op == CONFIGURE else CONTROL_TIMEOUT_S
         if control.op == OPEN:
             self._note_activity()
         reply: asyncio.Future[ProgramReply] = asyncio.get_running_loop().create_future()

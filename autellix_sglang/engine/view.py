@@ -59,7 +59,12 @@ class SchedulerView:
     def preemptible(self) -> list[Call]:
         in_flight = self._scheduler.reqs_prefilling_in_flight()
         calls = [
-            call_of(req) for req in self._batch.reqs if is_preemptible(req) and req not in in_flight
+            call_of(req)
+            for req in self._batch.reqs
+            # A call's last token may be on its way: it would come back for nothing else.
+            if is_preemptible(req)
+            and req not in in_flight
+            and not req.next_output_finishes_by_length()
         ]
         return [call for call in calls if call is not None]
 

@@ -23,6 +23,10 @@ class Recorder:
 
     def __init__(self) -> None:
         self.released: list[tuple[Any, list[Any]]] = []
+        self.num_settled = 0
+
+    def settle(self) -> None:
+        self.num_settled += 1
 
     def retract(self, victim: Any, staying: list[Any]) -> None:
         self.released.append((victim, staying))
@@ -63,6 +67,13 @@ def test_the_manager_gets_the_victim_and_those_who_stay(recorder: Recorder) -> N
     batch.reqs[2].kv.holds_kv = False
     assert ScheduleBatch.release_req(batch, 1, 1) is True
     assert recorder.released == [(batch.reqs[1], [batch.reqs[0]])]
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_copies_under_way_are_settled_first(recorder: Recorder, offload: bool) -> None:
+    """Either release evicts, perhaps what a prefetch is writing at this moment."""
+    ScheduleBatch.release_req(_batch(2), 0, 1, offload_kv=offload)
+    assert recorder.num_settled == 1
 
 
 @pytest.mark.parametrize(

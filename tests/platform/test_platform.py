@@ -205,6 +205,43 @@ def test_plugin_steps_aside_when_told(plain_cpu, monkeypatch, variable, value):
     assert platform.activate() is None
 
 
+@pytest.fixture
+def old_driver(plain_cpu, monkeypatch, tmp_path):
+    """A CUDA build of PyTorch beside a GPU whose driver it cannot use."""
+    control = tmp_path / "nvidiactl"
+    control.touch()
+    monkeypatch.setattr(platform, "NVIDIA_CONTROL", control)
+    monkeypatch.setattr(plain_cpu.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "is_served"),
+    [
+        ("AUTELLIX_CPU_PLATFORM", None, False),
+        ("AUTELLIX_CPU_PLATFORM", "1", True),
+        ("CUDA_VISIBLE_DEVICES", "", True),
+        ("CUDA_VISIBLE_DEVICES", "-1", True),
+        ("CUDA_VISIBLE_DEVICES", "0", False),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_not_taken_for_a_cpu(
+    old_driver, monkeypatch, variable, value, is_served
+):
+    """A model meant for a GPU does not crawl on the CPU, unless somebody asked for that."""
+    if value is not None:
+        monkeypatch.setenv(variable, value)
+
+    assert (platform.activate() is not None) == is_served
+
+
+def test_a_cpu_build_has_no_unusable_gpu(old_driver, monkeypatch, plain_cpu):
+    """Who installed a CPU build of PyTorch beside a GPU wants the CPU."""
+    monkeypatch.setattr(plain_cpu.version, "cuda", None)
+
+    assert not platform.has_unusable_gpu()
+
+
 @needs_sglang
 def test_sglang_finds_the_plugin_by_its_entry_point(plain_cpu):
     """SGLang's discovery, with nothing of ours imported before, yields our platform on a CPU."""
