@@ -4,6 +4,10 @@ Requests, radix tree, allocator, KV pool and admission are SGLang's; what is mis
 the scheduler's loop and the clock. In the model's place, each token leaves numbers in its KV rows
 and the next token is a sum over all rows of the call: a row that is lost, stale or in the wrong
 place changes the output. `Chaos` throws seeded random events at it.
+
+As with overlap scheduling, a batch is in flight while events happen and the next one is planned.
+On a GPU it runs on a stream of its own, and both it and the copies of swapped rows are slowed down
+at random: what is not ordered by the streams then happens in the wrong order.
 """
 
 from __future__ import annotations
@@ -37,10 +41,12 @@ from autellix_sglang.config import ProgramConfig
 from autellix_sglang.core.kv import KV_CHOICES
 from autellix_sglang.engine.admission import ProgramPrefillAdder
 from autellix_sglang.engine.swap import SwapManager
+from autellix_sglang.engine.swap_op import HostChunk, KVPool, Mover
 
 VOCABULARY = 50
 NUM_LAYERS = 2
 NEW_TOKEN_RATIO = 0.0  # SGLang counts on early ends, which never come: the pool overflows
+MAX_DELAY_CYCLES = 400_000  # of a batch or a copy on a GPU: up to some 0.2 ms
 STEP_S = 0.025  # what one step stands for, when steps are counted as time
 
 
@@ -67,12 +73,32 @@ def _next_token(rows: Sequence[int]) -> int:
     return sum(row * (i + 1) for i, row in enumerate(rows)) % VOCABULARY
 
 
+def dawdle(rng: random.Random) -> None:
+    """Keep the current stream busy for a while."""
+    torch.cuda._sleep(rng.randrange(MAX_DELAY_CYCLES))
+
+
+class SlowMover:
+    """A mover whose copies begin late."""
+
+    def __init__(self, mover: Mover) -> None:
+        self._mover = mover
+        self._rng = random.Random(0)
+
+    def gather(self, pool: KVPool, slots: torch.Tensor, chunk: HostChunk) -> None:
+        dawdle(self._rng)
+        self._mover.gather(pool, slots, chunk)
+
+    def scatter(self, chunk: HostChunk, pool: KVPool, slots: torch.Tensor) -> None:
+        dawdle(self._rng)
+        self._mover.scatter(chunk, pool, slots)
+
+
 class Rig:
     """A few batch slots and KV tokens; has what `SwapManager` and admission ask of a scheduler."""
 
     page_size = 1
     tp_size = 1
-    enable_overlap = False
 
     def __init__(
         self, config: ProgramConfig, num_slots: int, num_kv_tokens: int, device: str = "cpu"
@@ -101,8 +127,16 @@ class Rig:
         self.running: list[Req] = []
         self.num_recomputed = 0
         self._computed: dict[Req, int] = {}
+        self._in_flight: dict[Req, torch.Tensor] = {}  # see `_generate`
+        self._held: list[torch.Tensor] = []  # read by the batch in flight
+        self._rng = random.Random(0)
+        self.enable_overlap = device != "cpu"  # on a CPU whatever is launched is done at once
+        if self.enable_overlap:
+            self.forward_stream, self.copy_stream = torch.cuda.Stream(), torch.cuda.Stream()
         self.swaps = SwapManager(self)
         self.swaps.configure(config)
+        if self.enable_overlap and self.swaps._mover is not None:
+            self.swaps._mover = SlowMover(self.swaps._mover)
 
     def reqs_prefilling_in_flight(self) -> set[Req]:
         return set()
@@ -135,19 +169,23 @@ class Rig:
     def preempt(self, victims: Sequence[Req]) -> None:
         """Take running requests off the batch; they wait again, first in line."""
         self.running = [req for req in self.running if req not in victims]
+        for req in victims:  # a result that is in flight is nobody's
+            self._in_flight.pop(req, None)
         self.swaps.release(victims, self.running)
         self.waiting[:0] = victims
 
     def step(self) -> list[Req]:
-        """Generate one token for each running request, then admit; returns those that ended."""
-        self._make_room()
-        for req in self.running:
-            self._decode(req)
-        self.swaps.settle()  # what was prefetched in the last step was beside these tokens
-        ended = self._end()
+        """Admit, take the results of the batch in flight, launch the next; returns who ended."""
         self._admit()
         self._prefetch()
-        return ended + self._end()
+        self._take_results()
+        ended = self._end()
+        self._make_room()
+        self._begin_batch()
+        for req in self.running:
+            self._compute(req, req.output_ids[-1])
+            self._generate(req)
+        return ended
 
     def _prefetch(self) -> None:
         if self.waiting and self.swaps.can_prefetch(self.waiting[0]):
@@ -201,17 +239,12 @@ class Rig:
             self.tree_cache.prefix_device_indices(req).to(torch.int32),
         )
         req.kv.kv_committed_len = req.kv.kv_allocated_len = num_cached
+        self._begin_batch()
         for token in tokens[num_cached:]:
             self._compute(req, token)
         self.num_recomputed += max(0, self._computed.get(req, 0) - num_cached)
-        self._computed[req] = len(tokens)
         req.is_retracted = False
         checkpoint_kv_cache(req, self.tree_cache)
-        self._generate(req)
-
-    def _decode(self, req: Req) -> None:
-        self._compute(req, req.output_ids[-1])
-        self._computed[req] = req.kv.kv_committed_len
         self._generate(req)
 
     def _compute(self, req: Req, token: int) -> None:
@@ -220,20 +253,49 @@ class Rig:
         slot = self.token_to_kv_pool_allocator.alloc(1)
         position = req.kv.kv_committed_len
         self._table.write((req.kv.req_pool_idx, position), slot[0].to(torch.int32))
-        for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
-            buffer[slot] = float(_row(token, position))
+        with self._model(slot):
+            for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
+                buffer.index_fill_(0, slot, float(_row(token, position)))
         req.kv.kv_committed_len = req.kv.kv_allocated_len = position + 1
 
     def _generate(self, req: Req) -> None:
+        """Leave the next token with the batch in flight; an impossible one for torn rows."""
         slots = self._table.req_to_token[req.kv.req_pool_idx, : req.kv.kv_committed_len].long()
-        rows = [
-            buffer[slots].reshape(len(slots), -1)
-            for buffer in (*self.pool.k_buffer, *self.pool.v_buffer)
-        ]
-        values = torch.cat(rows, dim=1)
-        is_whole = bool((values == values[:, :1]).all())
-        row_values = values[:, 0].to(torch.int64).tolist() if is_whole else [0]
-        req.output_ids.append(_next_token(row_values))
+        with self._model(slots):
+            rows = [
+                buffer[slots].reshape(len(slots), -1)
+                for buffer in (*self.pool.k_buffer, *self.pool.v_buffer)
+            ]
+            values = torch.cat(rows, dim=1).to(torch.int64)
+            weights = torch.arange(1, len(slots) + 1, device=values.device)
+            token = (values[:, 0] * weights).sum() % VOCABULARY
+            is_whole = (values == values[:, :1]).all()
+            self._in_flight[req] = torch.where(is_whole, token, VOCABULARY)
+
+    @contextmanager
+    def _model(self, *inputs: torch.Tensor) -> Iterator[None]:
+        """The model's work: on a GPU behind what its stream and the current one have now."""
+        self._held += inputs
+        if not self.enable_overlap:
+            yield
+            return
+        self.forward_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.forward_stream):
+            yield
+
+    def _begin_batch(self) -> None:
+        if self.enable_overlap:
+            with self._model():
+                dawdle(self._rng)
+
+    def _take_results(self) -> None:
+        if self.enable_overlap:
+            self.forward_stream.synchronize()
+        for req, token in self._in_flight.items():
+            req.output_ids.append(int(token))
+            self._computed[req] = req.kv.kv_committed_len
+        self._in_flight.clear()
+        self._held.clear()
 
     def _make_room(self) -> None:
         """Retract the youngest calls until every running one has a KV token to write."""
@@ -249,6 +311,7 @@ class Rig:
     def _finish(self, req: Req) -> None:
         self.running.remove(req)
         self._computed.pop(req, None)
+        self._in_flight.pop(req, None)
         release_kv_cache(req, self.tree_cache, checkpoint=True)
         self.swaps.forget(req)
 

@@ -93,8 +93,8 @@ def with_host_memory(config: ProgramConfig, num_replicas: int = 1) -> ProgramCon
         return config
     from sglang.srt.mem_cache.host_memory import available_host_memory_bytes
 
-    num_bytes = available_host_memory_bytes(allow_cgroup_fallback=True)  # a container's limit counts
-    share = default_host_gib(num_bytes, num_replicas)
+    num_free = available_host_memory_bytes(allow_cgroup_fallback=True)  # within a container's limit
+    share = default_host_gib(num_free, num_replicas)
     return config.replace(host_memory=share)
 
 
