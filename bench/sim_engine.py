@@ -486,9 +486,14 @@ class SimEngine:
     def demand(self, call: Call, ahead: Sequence[Call]) -> Demand:
         request: Request = call.handle
         under_way = self._under_way()
-        for other in ahead:
+        locked = [self.cache.match(other.handle.leaf) for other in ahead]
+        for other, node in zip(ahead, locked, strict=True):
             under_way |= self._new_nodes(other.handle)
-        return self._demand(request, self._num_awaited(request, under_way))
+            self.cache.lock(node)
+        demand = self._demand(request, self._num_awaited(request, under_way))
+        for node in locked:
+            self.cache.unlock(node)
+        return demand
 
     def _demand(self, request: Request, num_awaited: int) -> Demand:
         """What a call takes if others bring so many more of its tokens into the cache."""

@@ -22,13 +22,15 @@ class Policy:
     `attained(call)` is in steps. `is_shared` says that all calls of a program attain together, so
     that charging one of them may move its siblings. `turn(call)` orders calls of one level, the
     least first. What is `is_learned` is not attained but a rank, which changes only as the program
-    enters or leaves a bucket of `core.sizes`; else it never shrinks while the call lives.
+    enters or leaves a bucket of `core.sizes`; else it never shrinks while the call lives. Where no
+    call that comes later goes first, none `can_starve`, and none is promoted.
     """
 
     attained: Callable[[Call], float]
     turn: Callable[[Call], float]
     is_shared: bool = False
     is_learned: bool = False
+    can_starve: bool = True
 
 
 def _nothing(call: Call) -> float:
@@ -75,7 +77,7 @@ def due_turn(call: Call) -> float:
 
 
 POLICIES: Final[dict[str, Policy]] = {
-    "fcfs": Policy(_nothing, call_turn),
+    "fcfs": Policy(_nothing, call_turn, can_starve=False),
     "mlfq": Policy(_call_service, call_turn),
     "plas": Policy(_program_service, program_turn, is_shared=True),
     "atlas": Policy(_path_service, program_turn),

@@ -211,6 +211,11 @@ class ProgramTable:
         return len(self._programs)
 
     @property
+    def num_calls_kept(self) -> int:
+        """Calls that ended and are remembered, of all programs; takes a look at each program."""
+        return sum(len(program.finished) for program in self._programs.values())
+
+    @property
     def num_live_calls(self) -> int:
         return len(self._calls)
 
@@ -527,7 +532,7 @@ class ProgramTable:
 
     def _watch(self, program: Program) -> None:
         """File the clock at which a stalled program's waiting reaches beta x its service."""
-        if self.beta and program.stalled_since is not None:
+        if self.beta and self.policy.can_starve and program.stalled_since is not None:
             allowed = self.beta * max(program.service, self.levels.quantum)
             at = program.stalled_since + max(0.0, allowed - program.stall_steps)
             program.promote_at = at
@@ -541,15 +546,18 @@ class ProgramTable:
         return program if program is not None and program.promote_at == entry[0] else None
 
     def _promote(self, call: Call) -> None:
-        """Level 0 for a quantum of the level that the program's service would give it.
+        """First in line, for a quantum of the level that the program's service would give it.
 
+        At level 0 too: there it would wait for all calls of older programs, and could not preempt
+        what has not run for long.
         Quanta grow with the levels, so a program about doubles its service by one promotion, and
         who is owed much does not come back for many small turns, each of which costs a preemption.
         """
-        if call.level > 0:
+        if not call.is_promoted:
             call.promoted_until = call.service + self.levels.quantum_at(call.program.service)
             call.num_promotions += 1
             self.counters.num_promotions += 1
+            self.num_events += 1
             self._place(call)
 
     def _end_promotion(self, call: Call) -> None:
@@ -578,7 +586,8 @@ class ProgramTable:
     def _check_program(self, program: Program, queued: set[Call]) -> None:
         assert (program.stalled_since is not None) == bool(program.waiting and not program.running)
         if self.beta and program.stalled_since is not None and program.promote_at is None:
-            assert min(program.waiting, key=lambda c: c.order_key).level == 0, "starves unwatched"
+            first = min(program.waiting, key=lambda c: c.order_key)
+            assert first.is_promoted or not self.policy.can_starve, "starves unwatched"
         assert program.size is None or program.size.edge > program.service
         assert program.size is None or not (program.size.is_ended and program.is_live)
         for call in program.waiting:

@@ -92,7 +92,7 @@ class Kind:
         self.score = 0.0  # nats by which it foretold better than its parent of late
         self._ended = array("d", bytes(8 * NUM_BUCKETS))
         self._passed = array("d", bytes(8 * NUM_BUCKETS))
-        self._is_forgotten = False
+        self.num_forgotten = 0  # times that all was forgotten, because it drifted
         self._base = 0  # the number of the program whose weight is 1
         self._num_new = 0  # programs since the hazards were made
         self._hazards: tuple[float, ...] = ()
@@ -106,7 +106,7 @@ class Kind:
     @property
     def has_drifted(self) -> bool:
         """Whether it was forgotten, and has seen few programs end since."""
-        return self._is_forgotten and self.num_ended < RELEARN
+        return self.num_forgotten > 0 and self.num_ended < RELEARN
 
     def enter(self) -> int:
         """Give a new program its number, which decides its weight in all that follows."""
@@ -153,7 +153,7 @@ class Kind:
         self.score = min(CREDIT, self.score + gain)
         if self.score < -DEBT:
             self.score = 0.0
-            self._is_forgotten = True
+            self.num_forgotten += 1
             self._ended = array("d", bytes(8 * NUM_BUCKETS))
             self._passed = array("d", bytes(8 * NUM_BUCKETS))
             self._refresh_now()
@@ -254,6 +254,8 @@ class Standing:
         """Count what the program has passed by another scale."""
         self.scale = scale
         bucket = bisect_right(EDGES, service / scale) - 1
+        if bucket + 1 < NUM_BUCKETS and service >= EDGES[bucket + 1] * scale:  # they round apart
+            bucket += 1
         times = 1 if bucket > self.bucket else -1
         for rung, number in self.counts:
             for passed in range(min(bucket, self.bucket), max(bucket, self.bucket)):
@@ -270,6 +272,7 @@ class Size:
     width: int = 1  # calls at once, the most so far
     edge: float = EDGES[1]  # service at which any standing changes
     is_ended: bool = False
+    forgotten: tuple[int, ...] = ()  # how often each rung had been forgotten when it ended
 
     @property
     def counts(self) -> Iterator[tuple[Kind, int, int]]:
@@ -320,6 +323,7 @@ class Sizes:
             kind = self._kinds[name] = Kind(parent)
             if len(self._kinds) > MAX_KINDS:
                 self._kinds.popitem(last=False)
+        kind.parent = parent  # an agent's prompts may differ in length, and so in their kind
         self._kinds.move_to_end(name)
         return kind
 
@@ -336,6 +340,7 @@ class Sizes:
         """A program has no live call any more: it counts as complete so far."""
         if not size.is_ended:
             size.is_ended = True
+            size.forgotten = tuple(rung.num_forgotten for rung, _, _ in size.counts)
             for rung, number, bucket in size.counts:
                 rung.note_ended(number, bucket)
 
@@ -343,8 +348,9 @@ class Sizes:
         """A program has a live call again: it was not complete."""
         if size.is_ended:
             size.is_ended = False
-            for rung, number, bucket in size.counts:
-                rung.take_back_end(number, bucket)
+            for (rung, number, bucket), forgotten in zip(size.counts, size.forgotten, strict=True):
+                if rung.num_forgotten == forgotten:  # else its end went with all others
+                    rung.take_back_end(number, bucket)
 
     def leave(self, size: Size) -> None:
         """A program is forgotten: if it was complete, it stays so."""

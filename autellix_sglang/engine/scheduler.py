@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 Own = TypeVar("Own")
 
 DEFAULT_PREFILL_WEIGHT = 0.01  # until it is measured
-_MAX_PROGRAMS_CHECKED = 1000  # integrity is asserted when idle, if that is quick
+_MAX_CALLS_CHECKED = 2000  # integrity is asserted when idle, if that is quick
 
 
 class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
@@ -72,7 +72,6 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         self.swaps = SwapManager(self)
         self.configure(ProgramConfig.from_env())
         self.is_kv_blocked = False  # SGLang refused, for lack of KV, a call that the plan let in
-        self.kv_loss = LossShare()
         self.num_recomputed_tokens = 0
         self.num_prefix_waits = 0
         self.num_orphans = 0
@@ -97,6 +96,7 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
             raise ConfigError("policy", "a running program scheduler cannot be switched to 'off'")
         self.swaps.configure(config, self.agree)
         self.program_config = config
+        self.kv_loss = LossShare()
         levels = Levels(config.levels, config.quantum, config.factor)
         self.program_table.configure(POLICIES[config.policy], levels, config.beta, config.ttl)
         self.planner = Planner(self.program_table, config.min_run, config.schedule_interval)
@@ -364,7 +364,7 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         if self._num_checked_events != table.num_events and self.is_fully_idle():
             self._num_checked_events = table.num_events
             self._reconcile()
-            if table.num_programs <= _MAX_PROGRAMS_CHECKED:
+            if table.num_programs <= _MAX_CALLS_CHECKED >= table.num_calls_kept:
                 table.check_integrity()
             self.swaps.check_integrity(self.waiting_queue)
 

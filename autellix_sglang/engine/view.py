@@ -11,7 +11,7 @@ from sglang.srt.mem_cache.common import match_kv_cache
 from autellix_sglang.core.planner import Demand
 from autellix_sglang.core.program import Call
 from autellix_sglang.engine.admission import prefix_under_way
-from autellix_sglang.engine.swap import max_new_tokens
+from autellix_sglang.engine.swap import max_new_tokens, shared_rows
 from autellix_sglang.engine.tracking import call_of
 
 if TYPE_CHECKING:
@@ -78,11 +78,26 @@ class SchedulerView:
         num_matched = max(awaited, req.num_matched_prefix_tokens)
         missing = max(1, num_tokens - num_matched)
         uncached = max(1, num_tokens - scheduler.swaps.cached_tokens(req, num_matched))
-        return Demand(missing + max_new_tokens(req) + scheduler.page_size, uncached)
+        num_locked = self._newly_locked(req, [other.handle for other in ahead])
+        num_new = missing + max_new_tokens(req) + scheduler.page_size
+        return Demand(num_new + num_locked, uncached)
+
+    def _newly_locked(self, req: Any, ahead: Sequence[Any]) -> int:
+        """Cached tokens of a waiting request that count as free, and will not once it runs."""
+        tree = self._scheduler.tree_cache
+        locks = [tree.lock(other.last_node) for other in ahead]
+        num_free = tree.evictable_size()
+        locks.append(tree.lock(req.last_node))
+        num_left = tree.evictable_size()
+        for lock in reversed(locks):
+            tree.unlock(lock)
+        return int(num_free - num_left)
 
     def holding(self, call: Call) -> int:
         req = call.handle
-        return int(req.kv.kv_committed_len + self._reserved(req))
+        others = (other for other in self._batch.reqs if other is not req)
+        num_shared = max((shared_rows(req, other) for other in others), default=0)
+        return int(req.kv.kv_committed_len - num_shared + self._reserved(req))
 
     def resume_steps(self, call: Call) -> float:
         scheduler, req = self._scheduler, call.handle

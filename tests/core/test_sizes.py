@@ -460,3 +460,41 @@ def test_levels_stay_where_they_are_about_right() -> None:
     assert moved.bounds[-1] == pytest.approx(LAST_SHARE * 10_000)
     assert moved.for_mean(10_500) is moved
     assert moved.is_learned
+
+
+def test_ends_that_went_with_a_forgotten_kind_are_not_taken_back() -> None:
+    """Agents that rested when it drifted take nothing from those that ended since."""
+    known = Sizes()
+    resting = [known.enter(SHORT) for _ in range(20)]
+    for size in resting:
+        known.attain(size, 100.0)
+        known.rest(size)
+    kind = rungs_of(resting[0])[-1]
+    kind.score = -sizes.DEBT - 1
+    kind._judge(0.5, 0.5)
+    assert kind.has_drifted
+    teach(known, SHORT, [100.0] * 12)
+    before = kind.num_ended
+    for size in resting:
+        known.resume(size)
+    assert kind.num_ended == before
+
+
+def test_a_kind_is_judged_by_the_rung_above_it() -> None:
+    """Prompts of one agent differ in length, and so in the kind that is above the agent's."""
+    known = Sizes()
+    known.enter(ladder_of("", "coder", [1] * 100))
+    rungs = rungs_of(known.enter(ladder_of("", "coder", [1] * 9000)))
+    assert rungs[-1].parent is rungs[-2]
+
+
+@pytest.mark.parametrize("width", range(2, 60))
+def test_a_rescaled_program_is_within_its_bucket(width: int) -> None:
+    """Its service over the scale, and the edge times the scale, may round apart."""
+    for bucket in range(1, NUM_BUCKETS - 1):
+        known = Sizes()
+        size = known.enter(SHORT)
+        service = EDGES[bucket] * width**sizes.WIDTH_POWER
+        known.attain(size, service)
+        known.widen(size, width, service)
+        assert size.edge > service

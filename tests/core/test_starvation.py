@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autellix_sglang.config import ProgramConfig
+from autellix_sglang.core.kv import LossShare
 from autellix_sglang.core.program import Call, Program, ProgramTable
 from autellix_sglang.testing import FakeEngine, Job, table_from
 
@@ -154,12 +155,85 @@ def test_the_first_in_line_is_promoted_alone() -> None:
     assert (first.is_promoted, second.is_promoted) == (False, True)
 
 
-def test_level_0_is_not_promoted() -> None:
-    """A call at level 0 already has what a promotion would give it."""
+def test_level_0_is_promoted_too() -> None:
+    """It may wait behind ever new calls of older programs, and for what has just begun to run."""
     table = table_of()
     call = table.open_call("a")
     table.advance(1e6)
-    assert call.num_promotions == 0
+    assert call.num_promotions == 1
+
+
+@pytest.mark.parametrize("levels", [1, 8])
+@pytest.mark.parametrize("policy", ["mlfq", "plas", "atlas", "gittins"])
+def test_nobody_waits_for_ever_behind_an_older_program(policy: str, levels: int) -> None:
+    """One slot, and a program that always has one more call waiting; all other settings default."""
+    table = table_from(ProgramConfig(policy=policy, levels=levels, prefill_weight=0.01))
+
+    def send(i: int) -> Call:
+        return table.open_call(f"old-{i}", program_id="old", parent_call_ids=())
+
+    send(0)
+    send(1)
+    late = None
+    for i in range(2, 2000):
+        call = table.queue.first()
+        assert call is not None
+        if call is late:
+            break
+        table.start(call)
+        for _ in range(8):
+            run(table, call, 1.0)
+        table.finish(call)
+        send(i)
+        if late is None:
+            late = table.open_call("late", program_id="new", parent_call_ids=())
+    assert late is not None
+    assert table.stall_ratio(late.program) <= 2 * table.beta
+
+
+def test_preemption_comes_back_after_a_shortage_of_kv() -> None:
+    """What was lost then keeps calls from being preempted; who starves by that ends it."""
+
+    class Short(FakeEngine):
+        """An engine that had lost most KV of preempted calls, and loses none any more."""
+
+        loss = LossShare()
+
+        def resume_steps(self, call: Call) -> float:
+            return float(self.loss.value * call.handle.num_tokens * 0.01)
+
+        def _admit(self) -> None:
+            waiting = list(self.waiting)
+            super()._admit()
+            for request in waiting:
+                if request in self.running and request.call.num_preemptions:
+                    self.loss.note(0, request.num_tokens)
+
+    engine = Short(ProgramConfig(policy="plas", prefill_weight=0.01), num_slots=8)
+    engine.loss.value = 0.9
+    for i in range(16):
+        job = Job(rid=f"long-{i}", num_prompt=8000, num_output=2000, program_id=f"long-{i}")
+        engine.submit(job)
+    ratio = 0.0
+    for i in range(30):
+        for _ in range(250):
+            engine.step()
+        rid = f"short-{i}"
+        engine.submit(Job(rid=rid, num_prompt=20, num_output=10, program_id=rid))
+        program = engine.table.live_call(rid).program
+        while rid not in engine.ended:
+            engine.step()
+            ratio = max(ratio, engine.table.stall_ratio(program))
+    assert ratio <= 2 * engine.table.beta
+    assert engine.loss.value < 0.5
+
+
+def test_nobody_is_promoted_where_nobody_can_starve() -> None:
+    """First come, first served stays that."""
+    table = table_of("fcfs")
+    calls = [table.open_call(name) for name in "ab"]
+    table.advance(1e6)
+    assert [call.num_promotions for call in calls] == [0, 0]
 
 
 def test_goes_before_level_0_calls_of_older_programs() -> None:
@@ -169,9 +243,10 @@ def test_goes_before_level_0_calls_of_older_programs() -> None:
     table.finish(root)
     call = stalled(table)
     wide = [table.open_call(str(i), program_id="older", parent_call_ids=["root"]) for i in range(9)]
-    assert list(table.queue) == [*wide, call]
+    table.start(wide[0])
+    assert list(table.queue) == [*wide[1:], call]
     table.advance(200)
-    assert list(table.queue) == [call, *wide]
+    assert list(table.queue) == [call, *wide[1:]]
 
 
 # -- calls that leave ----------------------------------------------------------------------------
