@@ -41,11 +41,12 @@ torchvision_ops.install()  # in this process and, by re-import, in those it spaw
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until stopped; returns the exit status, 2 for anything wrong with the arguments."""
     try:
-        namespace, sglang_argv = parse(sys.argv[1:] if argv is None else argv)
+        argv = _with_config_apart(sys.argv[1:] if argv is None else argv)
+        namespace, sglang_argv = parse(argv)
         if namespace.help_sglang:
             return _print_sglang_help()
         if namespace.replicas:
-            return serve_replicas(namespace, sglang_argv, sys.argv[1:] if argv is None else argv)
+            return serve_replicas(namespace, sglang_argv, argv)
         worker = worker_from_arguments(namespace)
         if worker is not None:
             os.environ[WORKER_ENV_VAR] = worker.to_json()
@@ -111,7 +112,9 @@ def serve_replicas(
         argv = [*argv, flag_of("host_memory"), str(share)]
 
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, datefmt="%Y-%m-%d %H:%M:%S")
-    return fleet.serve(namespace, sglang_argv, argv)
+    settings = config_file(sglang_argv).items()
+    of_file = [part for key, value in settings for part in (_flag_of_key(key), str(value))]
+    return fleet.serve(namespace, [*of_file, *sglang_argv], argv)
 
 
 def prepare(config: ProgramConfig, sglang_argv: list[str]) -> Any:
@@ -181,16 +184,33 @@ def given_flags(sglang_argv: Iterable[str]) -> frozenset[str]:
     """The flags on the command line or in the file named by --config."""
     argv = list(sglang_argv)
     given = {arg.partition("=")[0] for arg in argv if arg.startswith("--")}
-    if "--config" in argv[:-1]:
-        import yaml
+    return frozenset(given.union(map(_flag_of_key, config_file(argv))))
 
-        path = argv[argv.index("--config") + 1]
-        try:
-            settings = yaml.safe_load(Path(path).read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError("--config", str(error)) from error
-        given |= {"--" + str(key).replace("_", "-") for key in settings or ()}
-    return frozenset(given)
+
+def config_file(sglang_argv: Sequence[str]) -> dict[str, Any]:
+    """What the file named by --config says, by its keys; raises `ConfigError`."""
+    if "--config" not in sglang_argv[:-1]:
+        return {}
+    import yaml
+
+    path = sglang_argv[sglang_argv.index("--config") + 1]
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError("--config", str(error)) from error
+    if not isinstance(settings, dict | None):
+        raise ConfigError("--config", f"{path} holds no mapping of flags to values")
+    return settings or {}
+
+
+def _flag_of_key(key: object) -> str:
+    return "--" + str(key).replace("_", "-")
+
+
+def _with_config_apart(argv: Sequence[str]) -> list[str]:
+    """`--config=FILE` as two words: SGLang passes over it as one."""
+    pairs = (arg.split("=", 1) if arg.startswith("--config=") else [arg] for arg in argv)
+    return [part for pair in pairs for part in pair]
 
 
 def _default_flags(given: frozenset[str]) -> list[str]:

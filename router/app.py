@@ -28,6 +28,7 @@ from contextlib import aclosing
 from hashlib import blake2b
 from http import HTTPStatus
 from typing import Any, Final, Protocol
+from urllib.parse import unquote
 
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
@@ -37,11 +38,12 @@ from autellix_sglang.identity import PROGRAM_HEADER, TENANT_HEADER, HeaderIdenti
 from autellix_sglang.router import metrics
 from autellix_sglang.router.balance import BEGINNING_BYTES
 from autellix_sglang.router.everywhere import (
-    EVERYWHERE,
     JSON,
+    PRIVATE,
     Merge,
     Reply,
     best,
+    merge_for,
     merge_programs,
     next_pages,
     worst,
@@ -152,7 +154,9 @@ class RouterApp:
     # -- the router's own routes -----------------------------------------------------------------
 
     async def _answer_itself(self, scope: Scope, send: Send) -> None:
-        match scope["method"], scope["path"].strip("/").split("/"):
+        # Of the path as it was sent: a worker's name may have a slash, which is quoted there.
+        parts = (scope.get("raw_path") or scope["path"].encode()).decode("latin-1").strip("/")
+        match scope["method"], [unquote(part) for part in parts.split("/")]:
             case "GET" | "HEAD", ["health"]:
                 num_ready = self.hub.num_ready
                 status = HTTPStatus.OK if num_ready else HTTPStatus.SERVICE_UNAVAILABLE
@@ -285,7 +289,9 @@ class RouterApp:
             program=None if program_id is None else _key(program_id, found),
             num_tokens=_num_tokens(found, body) if is_inference or is_opening else 0,
             beginnings=_beginnings(body) if is_inference else (),
-            worker=found[WORKER_HEADER].decode("latin-1") if WORKER_HEADER in found else None,
+            worker=found[WORKER_HEADER].decode(errors="replace")
+            if WORKER_HEADER in found
+            else None,
             can_retry=is_inference or method != "POST",
             timeout_s=_seconds(found.get(TIMEOUT_HEADER)),
         )
@@ -293,10 +299,18 @@ class RouterApp:
     # -- requests that concern several workers ---------------------------------------------------
 
     def _everywhere(self, request: Request) -> tuple[list[Request], Merge | None]:
-        """What to ask which workers, and how to merge their answers; no merge if one will do."""
+        """What to ask which workers, and how to merge their answers; no merge if one will do.
+
+        Raises `RouterError` for what concerns a single worker that is not named.
+        """
         if request.worker is not None:
             return [], None
-        merge = EVERYWHERE.get((request.method, request.path))
+        if request.path in PRIVATE and len(self.hub.workers) > 1:
+            raise _WhichWorkerError(
+                f"{request.path} concerns one replica: name it by the header x-router-worker, here "
+                "and in what follows from it (GET /workers lists them)"
+            )
+        merge = merge_for(request.method, request.path)
         if merge is merge_programs:
             return self._pages(request), merge
         if merge is not None:
@@ -307,6 +321,7 @@ class RouterApp:
         if request.method == "DELETE" and request.program is not None:
             self.hub.programs.forget(request.program)
         places = [name for name in known.places if name in self.hub.workers]
+        places.sort(key=lambda name: name != known.home)  # the last calls are there
         return _one_each(request, places or self.hub.workers), best
 
     def _pages(self, request: Request) -> list[Request]:
@@ -413,6 +428,10 @@ class _BadCursorError(RouterError):
     status = 400
 
 
+class _WhichWorkerError(RouterError):
+    status = 400
+
+
 # -- what a request says -------------------------------------------------------------------------
 
 
@@ -465,7 +484,7 @@ def _may_name_program(body: bytes) -> bool:
 def _ids(body: bytes) -> _Ids:
     try:
         return msgspec.json.decode(body, type=_Ids)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):  # the latter for thousands of brackets
         return _Ids()
 
 

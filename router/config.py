@@ -39,7 +39,9 @@ class RouterConfig:
     timeout_s: float = _setting(5.0, "seconds of silence after which a worker counts as lost")
     worker_wait_s: float = _setting(5.0, "seconds a call waits for a worker before HTTP 503")
     request_timeout_s: float = _setting(3600.0, "deadline of a call in seconds")
-    retries: int = _setting(2, "times a call without a first byte is tried elsewhere")
+    retries: int = _setting(
+        1, "times a call without a first byte is tried elsewhere after its worker died"
+    )
     credit_bytes: int = _setting(262_144, "answer bytes in flight per stream")
     max_calls: int = _setting(16_384, "calls at once; more are answered with HTTP 503")
     max_body_bytes: int = _setting(67_108_864, "size of a request body; more is HTTP 413")

@@ -16,8 +16,7 @@ from autellix_sglang.router.messages import Headers
 from autellix_sglang.router.metrics import CONTENT_TYPE, worker_label
 
 JSON: Final[Headers] = [(b"content-type", b"application/json")]
-_CURSOR_ITEM: Final = re.compile(r"(.+?):([0-9]{1,18})(?:,|$)")  # a worker's id, its position
-_CURSOR: Final = re.compile(rf"(?:{_CURSOR_ITEM.pattern})+(?<!,)")
+_CURSOR_ITEM: Final = re.compile(r"(.+?):([0-9]{1,18})(?:,(?=.)|\Z)")  # a worker, its position
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +77,16 @@ def _cursor(rest: Mapping[str, int]) -> str:
 
 
 def _positions(cursor: str) -> dict[str, int]:
-    if not _CURSOR.fullmatch(cursor):
-        raise ValueError(f"'after' must be the 'next' of the page before, not {cursor[:64]!r}")
-    return {worker: int(position) for worker, position in _CURSOR_ITEM.findall(cursor)}
+    """Item by item: one pattern for all of them would try every way to divide them."""
+    found: dict[str, int] = {}
+    end = 0
+    while not found or end < len(cursor):
+        item = _CURSOR_ITEM.match(cursor, end)
+        if item is None:
+            raise ValueError(f"'after' must be the 'next' of the page before, not {cursor[:64]!r}")
+        found[item[1]] = int(item[2])
+        end = item.end()
+    return found
 
 
 def merge_by_worker(replies: Sequence[Reply]) -> Reply:
@@ -137,11 +143,37 @@ def _json(value: Mapping[str, Any]) -> Reply:
     return Reply("", 200, JSON, json.dumps(value).encode())
 
 
-EVERYWHERE: Final[Mapping[tuple[str, str], Merge]] = {
+_MERGES: Final[Mapping[tuple[str, str], Merge]] = {
     ("GET", "/v1/programs"): merge_programs,
     ("GET", "/metrics"): merge_metrics,
     ("GET", "/program_stats"): merge_by_worker,
     ("PATCH", "/program_config"): worst,
-    ("GET", "/flush_cache"): worst,
-    ("POST", "/flush_cache"): worst,
 }
+# What an operator or a trainer asks of the engine, by any method.
+_COMMANDS: Final = frozenset(
+    {
+        "/abort_request", "/configure_logging", "/continue_generation", "/flush_cache",
+        "/freeze_gc", "/load_lora_adapter", "/pause_generation", "/release_memory_occupation",
+        "/resume_memory_occupation", "/set_trace_level", "/slow_down", "/start_profile",
+        "/stop_profile", "/unload_lora_adapter", "/update_weight_version",
+        "/update_weights_from_disk",
+    }
+)  # fmt: skip
+_STORED: Final = "/v1/responses/"  # an answer that one worker keeps, by its id
+# What holds for one replica only: its sessions, and weights that come by its own connections.
+PRIVATE: Final = frozenset(
+    {
+        "/begin_weight_update", "/close_session", "/destroy_weights_update_group",
+        "/end_weight_update", "/init_weights_send_group_for_remote_instance",
+        "/init_weights_update_group", "/load_lora_adapter_from_tensors", "/open_session",
+        "/send_weights_to_remote_instance", "/update_weights_from_distributed",
+        "/update_weights_from_ipc", "/update_weights_from_tensor",
+    }
+)  # fmt: skip
+
+
+def merge_for(method: str, path: str) -> Merge | None:
+    """How the answers of all workers become one; None for what one of them answers."""
+    if path.startswith(_STORED):
+        return best
+    return worst if path in _COMMANDS else _MERGES.get((method, path))

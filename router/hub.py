@@ -64,6 +64,7 @@ from autellix_sglang.router.messages import (
 
 logger = logging.getLogger(__name__)
 
+LINK_RETRIES: Final = 5  # after a break of the link, which is no call's doing
 OUTBOX_BYTES: Final = 1 << 28  # a worker that takes nothing while this much waits gets no more
 
 
@@ -333,8 +334,8 @@ class Hub:
     async def open(self, request: Request) -> Answer:
         """Send a call and wait for its first byte; raises `RouterError` when it cannot be had.
 
-        A worker that is lost before that is replaced by another, `config.retries` times. Sessions
-        that ended while their worker lives are counted apart: no call is to blame for those.
+        A worker that is lost before that is replaced by another, `config.retries` times: the call
+        itself may be what kills it. Sessions that ended while their worker lives are counted apart.
         """
         deadline_s = self.clock() + self.timeout_s(request)
         tried: set[str] = set()
@@ -353,7 +354,8 @@ class Hub:
                 if not isinstance(error, LinkLostError):
                     tried.add(worker.id)
                 num_lost[type(error)] += 1  # a worker that joined anew may have been lost before
-                if not request.can_retry or num_lost[type(error)] > self.config.retries:
+                limit = LINK_RETRIES if isinstance(error, LinkLostError) else self.config.retries
+                if not request.can_retry or num_lost[type(error)] > limit:
                     raise
                 self.num_retries += 1
             except BaseException:
@@ -405,8 +407,8 @@ class Hub:
                 async with asyncio.timeout(wait_until_s - self.clock()):
                     await self._has_changed.wait()
             except TimeoutError:
-                wanted = f"worker {request.worker!r}" if request.worker else "no worker"
-                raise NoWorkerError(f"{wanted} is not ready to take calls") from None
+                wanted = f"worker {request.worker!r} is not" if request.worker else "no worker is"
+                raise NoWorkerError(f"{wanted} ready to take calls") from None
 
     def _send(
         self,

@@ -337,3 +337,37 @@ def test_replicas_divide_the_host_memory(given, monkeypatch):
     values = launch.parse(served[0][2])[0].program_host_memory
     whole = plugin.with_host_memory(ProgramConfig()).host_memory
     assert values == (3.0 if given else pytest.approx(whole / 4, rel=0.5))
+
+
+def test_a_fleet_heeds_the_config_file(tmp_path, monkeypatch):
+    """Port, admin key and GPUs per replica are for the fleet to know, wherever they are written."""
+    from autellix_sglang.router import fleet
+
+    path = tmp_path / "server.yaml"
+    path.write_text("port: 21555\ntp-size: 2\nadmin_api_key: secret\n")
+    found = {}
+    monkeypatch.setattr(
+        fleet, "_run", lambda config, commands: found.update(config=config, all=commands) or 0
+    )
+    assert launch.main(["--replicas", "2", f"--config={path}", "--host", "::1"]) == 0
+    config = found["config"]
+    assert (config.host, config.port, config.admin_key) == ("::1", 21555, "secret")
+    gpus = [command[command.index("--base-gpu-id") + 1] for command in found["all"]]
+    assert gpus == ["0", "2"]
+    assert all(command[command.index("--config") + 1] == str(path) for command in found["all"])
+
+
+def test_a_config_file_is_read_in_either_spelling(tmp_path):
+    """SGLang passes over --config=FILE: the tiny model would be served in place of the user's."""
+    path = tmp_path / "server.yaml"
+    path.write_text("model-path: /my/model\n")
+    for argv in ([f"--config={path}"], ["--config", str(path)]):
+        assert "--model-path" in launch.given_flags(launch._with_config_apart(argv))
+
+
+def test_a_config_file_that_holds_no_mapping_is_an_error(tmp_path, capsys):
+    """One line names the flag and the file."""
+    path = tmp_path / "server.yaml"
+    path.write_text("- a\n- b\n")
+    assert launch.main(["--config", str(path)]) == 2
+    assert f"--config: {path} holds no mapping" in capsys.readouterr().err

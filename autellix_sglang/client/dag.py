@@ -181,10 +181,12 @@ class Thread:
 
     def _continues(self, parent: Thread) -> bool:
         """Whether its calls carry on the parent's chain, alone and with nothing of it in flight."""
-        if self._is_awaited is None or not self._is_awaited():
+        if self._is_awaited is None or any(child is not self for child in parent._children):
             return False
-        siblings = {*parent._children, *(f for f in parent._forks or () if not f.is_ended)}
-        return siblings <= {self} and (parent._last is None or parent._last.is_completed)
+        # Up to the first: among the tasks of a wide `gather` each would look at all others.
+        if any(fork is not self and not fork.is_ended for fork in parent._forks or ()):
+            return False
+        return self._is_awaited() and (parent._last is None or parent._last.is_completed)
 
     def _join_ended(self, but_group: object | None = None) -> None:
         if self._children:

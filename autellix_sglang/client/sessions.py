@@ -8,6 +8,7 @@ a silent program by itself, after its TTL.
 from __future__ import annotations
 
 import json
+import os
 import queue
 import threading
 import time
@@ -56,10 +57,15 @@ class Sessions:
     """Sends messages in order from a thread of its own, which starts with the first."""
 
     def __init__(self) -> None:
+        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._begin()
+        if hasattr(os, "register_at_fork"):  # what waits then is sent by the parent
+            os.register_at_fork(after_in_child=self._begin)
+
+    def _begin(self) -> None:
         self._queue: queue.Queue[Message] = queue.Queue(MAX_QUEUED)
         self._lock = threading.Lock()
         self._worker: threading.Thread | None = None
-        self._opener = urllib.request.build_opener(_NoRedirect)
 
     def start(self, server: Server, program_id: str) -> None:
         self._put(Message(server, "POST", program_id, server.headers))

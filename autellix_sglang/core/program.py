@@ -257,6 +257,12 @@ class ProgramTable:
         self._note_activity(program)
         return program
 
+    def start_program(self, tenant: str, program_id: str) -> Program:
+        """Open a program by its client's wish, also again where it was ended with calls live."""
+        program = self.open_program(tenant, program_id)
+        program.is_ended = False
+        return program
+
     def end_program(self, tenant: str, program_id: str) -> None:
         """Forget a program once its live calls are done; raises `UnknownProgramError`."""
         program = self.program(tenant, program_id)
@@ -329,7 +335,8 @@ class ProgramTable:
         assert rid not in self._calls, f"call {rid} is live already"
         program = self.open_program(tenant, program_id or rid, is_anonymous or not program_id)
         told = dict.fromkeys(parent_call_ids or ())
-        parents = tuple(parent for parent in told if parent in program.by_call_id)
+        known = (program.by_call_id[parent] for parent in told if parent in program.by_call_id)
+        parents = tuple(calls[0].call_id for calls in known)  # not the message's own strings
         is_root = parent_call_ids is not None and not told
         base = max(
             (call.path for parent in parents for call in program.by_call_id[parent]),

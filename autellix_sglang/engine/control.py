@@ -31,7 +31,7 @@ def _body(
 ) -> dict[str, Any]:
     match request.op:
         case messages.OPEN:
-            table.open_program(request.tenant, request.program_id)
+            table.start_program(request.tenant, request.program_id)
             return {"id": request.program_id}
         case messages.END:
             program = _find(table, request)

@@ -39,7 +39,7 @@ from autellix_sglang.config import ProgramConfig
 from autellix_sglang.core.program import STATES
 from autellix_sglang.engine.plugin import with_host_memory
 from autellix_sglang.errors import ConfigError, ControlError, IdentityError, UnknownProgramError
-from autellix_sglang.identity import CallTag, HeaderIdentity, parse_id
+from autellix_sglang.identity import MAX_ID_CHARACTERS, CallTag, HeaderIdentity, parse_id
 from autellix_sglang.messages import ProgramControl, ProgramReply
 
 Control = Callable[[ProgramControl], Awaitable[ProgramReply]]
@@ -223,7 +223,10 @@ def _is_last(message: Message) -> bool:
 
 
 def response_headers(context: RequestContext) -> list[tuple[bytes, bytes]]:
-    """What we tell a client about its call so far; ids go back as the bytes they came in."""
+    """What we tell a client about its call so far; ids go back as the bytes they came in.
+
+    A request id that a program or a call is named by may be what no header can hold: left out.
+    """
     tag, outcomes = context.tag, context.outcomes
     program_id = context.identity.program_id if tag is None else tag.program_id
     values: dict[str, Any] = {"x-program-id": program_id}
@@ -237,7 +240,12 @@ def response_headers(context: RequestContext) -> list[tuple[bytes, bytes]]:
             "x-program-level": max(_numbers(outcomes, "level")),
             "x-program-preemptions": sum(_numbers(outcomes, "preemptions")),
         }
-    return [(k.encode(), str(v).encode()) for k, v in values.items() if v is not None]
+    return [(k.encode(), str(v).encode()) for k, v in values.items() if _fits_header(v)]
+
+
+def _fits_header(value: object) -> bool:
+    text = "" if value is None else str(value)
+    return 0 < len(text) <= MAX_ID_CHARACTERS and text.isprintable() and text == text.strip()
 
 
 def _numbers(outcomes: Iterable[Mapping[str, Any]], key: str) -> list[float]:
@@ -389,7 +397,7 @@ def _parse_open(body: bytes) -> str | None:
         return None
     try:
         named = msgspec.json.decode(body, type=_OpenRequest).id
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:  # the latter for deep nesting
         raise IdentityError("body", str(error)) from None
     return None if named is None else parse_id("id", named)
 
@@ -401,7 +409,7 @@ def _parse_config(body: bytes) -> dict[str, Any]:
     """
     try:
         changes = msgspec.json.decode(body, type=dict[str, Any])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:  # the latter for deep nesting
         raise IdentityError("body", str(error)) from None
     config = ProgramConfig().replace(**changes)
     if not config.is_enabled:

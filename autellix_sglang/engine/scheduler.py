@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 from sglang.srt.environ import envs
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 from sglang.utils import TypeBasedDispatcher
@@ -45,7 +46,7 @@ from autellix_sglang.engine.tracking import (
     open_call,
     tracked,
 )
-from autellix_sglang.engine.view import SchedulerView
+from autellix_sglang.engine.view import SchedulerView, is_preemptible
 from autellix_sglang.errors import ConfigError, UnsupportedModeError
 from autellix_sglang.messages import ProgramControl, ProgramReply
 from autellix_sglang.patches import retraction_order, retraction_swap
@@ -176,8 +177,23 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         return bool(time.perf_counter() - started_s < envs.SGLANG_REQ_RUNNING_TIMEOUT.get())
 
     def send_abort_output(self, abort_req: Any, req: Any) -> None:
-        super().send_abort_output(abort_req, req)
+        if call_of(req) is not None and is_preemptible(req):
+            self._send_aborted(abort_req, req)
+        else:
+            super().send_abort_output(abort_req, req)
         self._close(req)
+
+    def _send_aborted(self, abort_req: Any, req: Any) -> None:
+        """End a preempted call as SGLang does one that it aborts as it runs: with all its tokens.
+
+        Its own way with waiting requests is for those that have none.
+        """
+        reason = abort_req.finished_reason or {}
+        given = (reason.get(key) for key in ("message", "status_code", "err_type"))
+        req.to_finish = FINISH_ABORT(*given)
+        req.update_finish_state()
+        req.time_stats.set_completion_time()
+        self.output_streamer.stream_output([req], req.return_logprob)
 
     def process_batch_result(self, batch: Any, result: Any) -> None:
         table = self.program_table

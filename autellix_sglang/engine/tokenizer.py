@@ -13,11 +13,14 @@ import concurrent.futures
 import logging
 import time
 import uuid
+from array import array
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 from sglang.srt.managers.io_struct import GenerateReqInput, hook_custom_types
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.utils import TypeBasedDispatcher
@@ -71,6 +74,7 @@ class ProgramTokenizerManager(TokenizerManager):  # type: ignore[misc]  # SGLang
         self._num_activities = 0
         self._ttl_s = self.program_config.ttl  # as the last tick found it
         self._ticker: asyncio.Task[None] | None = None
+        self._has_changed = asyncio.Event()  # settings have, and perhaps the TTL
         self._calibration: concurrent.futures.Future[None] | None = None
         super().__init__(*args, **kwargs)
 
@@ -85,6 +89,8 @@ class ProgramTokenizerManager(TokenizerManager):  # type: ignore[misc]  # SGLang
     def _create_tokenized_object(self, obj: Any, *args: Any, **kwargs: Any) -> Any:
         tokenized = super()._create_tokenized_object(obj, *args, **kwargs)
         if isinstance(obj, GenerateReqInput):
+            if tokenized.input_embeds is None and tokenized.mm_inputs is None:
+                check_prompt(tokenized.input_ids, self.model_config.vocab_size)
             tag = self.rid_to_state[obj.rid].program_origin.tag(obj, obj.sampling_params)
             params = tokenized.sampling_params
             params.custom_params = {**(params.custom_params or {}), WIRE_KEY: tag.to_wire()}
@@ -127,6 +133,8 @@ class ProgramTokenizerManager(TokenizerManager):  # type: ignore[misc]  # SGLang
         reply: asyncio.Future[ProgramReply] = asyncio.get_running_loop().create_future()
         self._dispatch_to_scheduler(control)
         self._replies.append(reply)
+        if control.op == CONFIGURE:
+            reply.add_done_callback(lambda _: self._has_changed.set())
         try:
             return await asyncio.wait_for(reply, timeout_s)
         except TimeoutError:
@@ -150,11 +158,13 @@ class ProgramTokenizerManager(TokenizerManager):  # type: ignore[misc]  # SGLang
             self._ticker.add_done_callback(self.asyncio_tasks.discard)
 
     async def _tick_until_empty(self) -> None:
-        """Every eighth of the TTL; a change of it counts from the next tick on."""
+        """Every eighth of the TTL, and when settings have changed."""
         num_programs, num_seen = 1, -1
         while num_programs > 0 or num_seen != self._num_activities:
             num_seen = self._num_activities
-            await asyncio.sleep(max(0.25, self._ttl_s / 8))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._has_changed.wait(), max(0.25, self._ttl_s / 8))
+            self._has_changed.clear()
             try:
                 reply = await self.program_control(ProgramControl(op=TICK, now_s=time.monotonic()))
                 num_programs, self._ttl_s = reply.body["programs"], reply.body["ttl_s"]
@@ -222,6 +232,22 @@ class ProgramTokenizerManager(TokenizerManager):  # type: ignore[misc]  # SGLang
             token_s * 1e3, fixed_s * 1e3, tokens,
         )  # fmt: skip
         return tokens
+
+
+def check_prompt(input_ids: array[int] | None, vocab_size: int) -> None:
+    """Raise `ValueError`, which is an HTTP 400, for token ids that end SGLang's scheduler process.
+
+    `input_ids` is int64 [num_tokens]; None, of a prompt by other means, is not for us to judge.
+    """
+    if input_ids is None:
+        return
+    tokens = np.frombuffer(input_ids, dtype=np.int64)
+    if not len(tokens):
+        raise ValueError("the prompt has no tokens; it must have at least one")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"input_ids: {wrong} is not a token; allowed are 0 to {vocab_size - 1}")
 
 
 def _origin_of(obj: Any) -> _Origin:

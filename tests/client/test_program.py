@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -23,7 +24,7 @@ from autellix_sglang.client import (
     program,
     register,
 )  # fmt: skip
-from autellix_sglang.client.program import CREDENTIALS, registry
+from autellix_sglang.client.program import CREDENTIALS, issue_call, registry
 from autellix_sglang.errors import IdentityError
 from tests.client.conftest import Recorder
 
@@ -116,6 +117,41 @@ def test_a_forked_process_does_not_end_its_parents_program(recorder: Recorder) -
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
     assert recorder.sessions == sessions_of("P")
+
+
+def test_a_forked_process_has_nothing_to_wait_for(recorder: Recorder) -> None:
+    """What was being sent when it was forked is its parent's, and `flush` says so at once."""
+    script = f"""
+        import os, sys, warnings
+        warnings.simplefilter("ignore")
+        from autellix_sglang.client import flush, program, register
+        register({recorder.url!r})
+        with program(id="P"):
+            if (pid := os.fork()) == 0:
+                os._exit(not flush(1.0))
+            sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+
+
+async def test_first_calls_of_a_wide_gather_do_not_look_at_each_other() -> None:
+    """Each of thousands of tasks takes as long as each of a hundred."""
+    server = register("http://127.0.0.1:8")
+
+    async def one() -> None:
+        issued, _ = issue_call("http", "127.0.0.1", 8, "/generate", {})
+        await asyncio.sleep(0)
+        issued.complete()
+
+    async def seconds_each(num_tasks: int) -> float:
+        with program("wide"):
+            started = time.perf_counter()
+            await asyncio.gather(*(one() for _ in range(num_tasks)))
+            return (time.perf_counter() - started) / num_tasks
+
+    few, many = await seconds_each(100), await seconds_each(4000)
+    registry.discard(server)
+    assert many < 6 * few, f"{1e6 * few:.0f} us and {1e6 * many:.0f} us"
 
 
 def test_the_end_uses_the_key_of_the_calls(registered: Recorder) -> None:

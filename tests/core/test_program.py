@@ -388,3 +388,25 @@ def test_naming_every_call_as_parent_stays_small(table: ProgramTable) -> None:
         serve(table, table.open_call(str(i), program_id="p", call_id="same"))
     call = table.open_call("x", program_id="p", parent_call_ids=["same"] * 10_000)
     assert call.parents == ("same",)
+
+
+def test_a_program_that_is_started_again_goes_on() -> None:
+    """Ended with a call live, then started anew: it stays when the call is done."""
+    table = table_from(ProgramConfig())
+    call = table.open_call("r", program_id="p")
+    table.start(call)
+    table.end_program("", "p")
+    table.start_program("", "p")
+    table.finish(call)
+    assert table.program("", "p").state == "idle"
+
+
+def test_parents_are_kept_once() -> None:
+    """A thousand ids in each of thousands of calls are names of calls that are there already."""
+    table = table_from(ProgramConfig())
+    first = table.open_call("r0", program_id="p", call_id="c" * 250)
+    table.start(first)
+    table.finish(first)
+    told = "c" * 125 + "c" * int("125")  # what a message brings: another object
+    second = table.open_call("r1", program_id="p", parent_call_ids=(told,))
+    assert second.parents[0] is first.call_id

@@ -17,7 +17,7 @@ from starlette.middleware import Middleware
 from autellix_sglang.core.kv import HOST_LIMIT_GIB
 from autellix_sglang.engine import http
 from autellix_sglang.errors import ControlError, IdentityError
-from autellix_sglang.identity import BodyIdentity, CallTag
+from autellix_sglang.identity import BodyIdentity, CallTag, HeaderIdentity
 from autellix_sglang.messages import (
     CONFIGURE,
     END,
@@ -420,3 +420,11 @@ async def test_admin_key_sees_all_tenants(scheduler):
         assert (await client.delete("/v1/programs/theirs")).status_code == 200
         assert (await client.post("/generate", json={})).status_code == 401
     assert [asked.all_tenants for asked in scheduler.asked] == [True] * 4
+
+
+@pytest.mark.parametrize("rid", ["a\nb", "a\r\nx-evil: 1", " a ", "r" * 70_000, ""])
+def test_a_request_id_that_no_header_can_hold_is_left_out(rid):
+    """The answer arrives without it: SGLang takes any text for a `rid`."""
+    context = http.RequestContext(HeaderIdentity())
+    context.settle(CallTag.resolve(HeaderIdentity(), BodyIdentity(), rid))
+    assert http.response_headers(context) == []

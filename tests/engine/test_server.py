@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -345,6 +346,55 @@ def test_an_abort_reaches_waiting_preempted_and_running_calls(engine: Engine) ->
             reply = call.result()[2]
             assert "abort" in json.dumps(reply)
     engine.wait_until_empty()
+
+
+def test_a_preempted_call_that_is_aborted_keeps_what_it_has(engine: Engine) -> None:
+    """All its tokens, its usage and its outcome, as if it had been aborted while it ran."""
+    params = {"temperature": 0, "max_new_tokens": 900, "ignore_eos": True}
+    body = {"text": "a long call to abort", "sampling_params": params, "rid": "abort-me"}
+    is_over = threading.Event()
+
+    def others(i: int) -> None:
+        while not is_over.is_set():
+            engine.generate(f"short {i}", 3)
+
+    with ThreadPoolExecutor(8) as pool:
+        call = pool.submit(engine.request, "/generate", body, {"x-program-id": "abort-me"})
+        for i in range(6):
+            pool.submit(others, i)
+        page: dict[str, Any] = {}
+        while not (page.get("state") == "waiting" and page["calls"][0]["preemptions"]):
+            assert not call.done(), "it was never seen preempted"
+            page = engine.request("/v1/programs/abort-me")[2]
+        engine.request("/abort_request", {"rid": "abort-me"})
+        status, headers, reply = call.result()
+        is_over.set()
+    num_tokens = len(reply["output_ids"])
+    alone = engine.generate(body["text"], num_tokens)["output_ids"]
+    meta = reply["meta_info"]
+    assert (status, meta["finish_reason"]["type"], reply["output_ids"]) == (200, "abort", alone)
+    assert (meta["completion_tokens"], meta["prompt_tokens"] > 0) == (num_tokens, True)
+    # Each token is a step; what the page showed then is there, and perhaps some more.
+    assert num_tokens >= int(page["service_steps"]) - 1
+    assert meta["program"]["preemptions"] == int(headers["x-program-preemptions"]) > 0
+    engine.wait_until_empty()
+
+
+@pytest.mark.parametrize("prompt", [{"text": ""}, {"input_ids": []}, {"input_ids": [5, -1]}])
+def test_a_prompt_that_would_end_the_engine_is_refused(engine: Engine, prompt: Any) -> None:
+    """Stock SGLang's scheduler dies of it, and a router would send it to the next replica."""
+    status, _, reply = engine.request("/generate", {**prompt, "sampling_params": {}})
+    assert status == 400, reply
+    assert engine.generate("still there", 2)["output_ids"]
+
+
+def test_a_request_id_with_a_line_break_loses_no_answer(engine: Engine) -> None:
+    """It cannot be a header, so it is none."""
+    params = {"max_new_tokens": 2, "ignore_eos": True}
+    body = {"text": "hello", "sampling_params": params, "rid": "a\nb"}
+    status, headers, reply = engine.request("/generate", body)
+    assert (status, reply["meta_info"]["completion_tokens"]) == (200, 2)
+    assert "x-call-id" not in headers
 
 
 def _abandon(engine: Engine, i: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from autellix_sglang.config import ProgramConfig
 from autellix_sglang.engine import http, tokenizer
 from autellix_sglang.errors import ControlError, IdentityError
 from autellix_sglang.identity import HeaderIdentity
-from autellix_sglang.messages import GET, OPEN, TICK, ProgramControl, ProgramReply
+from autellix_sglang.messages import CONFIGURE, GET, OPEN, TICK, ProgramControl, ProgramReply
 
 
 class Manager(tokenizer.ProgramTokenizerManager):
@@ -28,6 +29,7 @@ class Manager(tokenizer.ProgramTokenizerManager):
         self._num_activities = 0
         self._ttl_s = ttl_s
         self._ticker = None
+        self._has_changed = asyncio.Event()
         self.asyncio_tasks = set()
         self.sent: list[ProgramControl] = []
         self.num_programs = 0
@@ -35,6 +37,12 @@ class Manager(tokenizer.ProgramTokenizerManager):
 
     def auto_create_handle_loop(self) -> None:
         pass
+
+    async def tell(self, control: ProgramControl) -> ProgramReply:
+        """As `program_control`, at once."""
+        return ProgramReply(
+            ok=True, body={"programs": self.num_programs, "ttl_s": self.present_ttl_s}
+        )
 
     def _dispatch_to_scheduler(self, obj: Any) -> None:
         self.sent.append(obj)
@@ -94,15 +102,49 @@ async def test_ticks_follow_the_present_ttl(monkeypatch):
     """A TTL that was changed while serving sets the time between ticks, from the next one on."""
     waits: list[float] = []
 
-    async def sleep(delay_s: float) -> None:
+    async def wait_for(waiter: Any, delay_s: float) -> None:
+        waiter.close()
         waits.append(delay_s)
         manager.num_programs = 2 - len(waits)
+        raise TimeoutError
 
     manager = Manager(ttl_s=80.0)
     manager.present_ttl_s = 8.0
-    monkeypatch.setattr(tokenizer, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
+    monkeypatch.setattr(manager, "program_control", manager.tell)
+    monkeypatch.setattr(
+        tokenizer, "asyncio", SimpleNamespace(**{**vars(asyncio), "wait_for": wait_for})
+    )
     await manager._tick_until_empty()
     assert waits == [10.0, 1.0]
+
+
+async def test_changed_settings_bring_the_next_tick():
+    """A TTL of an hour that is cut to seconds does not wait for an eighth of the hour."""
+    manager = Manager(ttl_s=3600.0)
+    manager._note_activity()
+    asking = asyncio.create_task(
+        manager.program_control(ProgramControl(op=CONFIGURE, config={"ttl": 1.0}, now_s=0.0))
+    )
+    await asyncio.sleep(0)
+    manager._take_reply(ProgramReply(ok=True, body={}))
+    await asking
+    await asyncio.wait_for(manager._ticker, 2)
+    assert [control.op for control in manager.sent] == [CONFIGURE, TICK]
+
+
+@pytest.mark.parametrize("tokens", [[], [-1], [5, 100], [3, -7, 2], [2**40]])
+def test_token_ids_that_end_the_engine_are_refused(tokens):
+    """Stock SGLang indexes the embedding with them, and its scheduler process is gone."""
+    with pytest.raises(
+        ValueError, match=r"prompt has no tokens|is not a token; allowed are 0 to 99"
+    ):
+        tokenizer.check_prompt(array("q", tokens), 100)
+
+
+@pytest.mark.parametrize("tokens", [None, [0], [99, 0, 50]])
+def test_token_ids_of_the_vocabulary_pass(tokens):
+    """And prompts that are given by other means than ids."""
+    tokenizer.check_prompt(None if tokens is None else array("q", tokens), 100)
 
 
 async def test_ticks_carry_a_clock_that_grows():

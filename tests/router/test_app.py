@@ -6,6 +6,8 @@ import argparse
 import asyncio
 import json
 import signal
+import time
+from urllib.parse import quote, urlencode
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -381,3 +383,101 @@ def test_malformed_endpoint_is_named(endpoint):
     """What is neither ipc nor tcp is refused."""
     with pytest.raises(ConfigError, match="neither"):
         check_endpoint("--endpoint", endpoint, is_safe=True)
+
+
+# -- hostile and unlucky requests ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cursor", ["a:1," * 5000 + "!", "a:1," * 5000, "a:1\n", "a:1,b", ":1", "a:" + "1" * 5000]
+)
+def test_cursor_that_is_none_is_refused_in_no_time(cursor):
+    """A pattern over all of it took twice as long with every item: a client could hang us."""
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match="'after' must be the 'next'"):
+        everywhere.next_pages(urlencode({"after": cursor}).encode())
+    assert time.perf_counter() - started < 1.0
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/pause_generation"),
+        ("POST", "/continue_generation"),
+        ("POST", "/abort_request"),
+        ("POST", "/update_weights_from_disk"),
+        ("GET", "/flush_cache"),
+    ],
+)
+async def test_commands_to_the_engine_reach_every_replica(rig, method, path):
+    """A pause that one replica hears, and its end that another does, would swallow calls."""
+    client = await rig.route()
+    await rig.join("a", "b")
+    await client.request(method, path)
+    assert [len(replica.seen) for replica in rig.replicas.values()] == [1, 1]
+
+
+async def test_an_answer_that_one_replica_stored_is_found(rig):
+    """GET /v1/responses/{id} asks all; whoever has it answers."""
+    client = await rig.route()
+    await rig.join("a", "b")
+    await client.get("/v1/responses/resp_1")
+    assert [len(replica.seen) for replica in rig.replicas.values()] == [1, 1]
+
+
+async def test_what_one_replica_keeps_to_itself_needs_its_name(rig):
+    """A session is where it was opened, and nowhere else."""
+    client = await rig.route()
+    await rig.join("a", "b")
+    answer = await client.post("/open_session", json={"capacity_of_str_len": 9})
+    assert answer.status_code == 400 and "x-router-worker" in answer.text
+    answer = await client.post("/open_session", json={}, headers={"x-router-worker": "b"})
+    assert answer.headers["x-router-worker"] == "b"
+
+
+async def test_a_session_of_the_only_replica_needs_no_name(rig):
+    """With one replica there is no question which."""
+    client = await rig.route()
+    await rig.join("a")
+    await client.post("/open_session", json={})
+    assert len(rig.replicas["a"].seen) == 1
+
+
+async def test_page_of_a_program_that_moved_is_its_homes(rig):
+    """Its latest calls are there."""
+    client = await rig.route()
+    await rig.join("a", "b")
+    for name in ("a", "b", "a"):
+        for _ in range(2):
+            headers = {"x-program-id": "p", "x-router-worker": name}
+            await client.post("/generate", json={}, headers=headers)
+    (known,) = rig.hub.programs._programs.values()
+    assert (await client.get("/v1/programs/p")).json()["worker"] == known.home == "a"
+
+
+async def test_deeply_nested_body_is_the_replicas_to_answer(rig):
+    """It names no program that we can read, and is passed on like any other."""
+    client = await rig.route()
+    await rig.join("a")
+    body = b'{"x": ' + b"[" * 3000 + b"]" * 3000 + b', "custom_params": {}}'
+    assert (await client.post("/generate", content=body)).headers["x-router-worker"] == "a"
+
+
+@pytest.mark.parametrize("name", ["réplica", "rack1/gpu0"])
+async def test_worker_of_any_name_can_be_asked_and_drained(rig, name):
+    """By the header as an answer has it, and by its name in a path, quoted."""
+    client = await rig.route()
+    await rig.join(name)
+    sent = dict((await client.post("/generate", json={})).headers.raw)[b"x-router-worker"]
+    again = await client.post("/generate", json={}, headers=[(b"x-router-worker", sent)])
+    assert again.status_code == 200
+    drained = await client.post(f"/workers/{quote(name, safe='')}/drain")
+    assert (drained.status_code, drained.json()) == (200, {"id": name, "known": True})
+
+
+async def test_503_says_what_is_missing(rig):
+    """Of any worker, or of the one that was named."""
+    client = await rig.route(worker_wait_s=0.05)
+    assert "no worker is ready" in (await client.post("/generate", json={})).text
+    named = await client.post("/generate", json={}, headers={"x-router-worker": "a"})
+    assert "worker 'a' is not ready" in named.text
