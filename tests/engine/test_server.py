@@ -356,11 +356,11 @@ def test_a_preempted_call_that_is_aborted_keeps_what_it_has(engine: Engine) -> N
 
     def others(i: int) -> None:
         while not is_over.is_set():
-            engine.generate(f"short {i}", 3)
+            engine.generate(f"short {i}", 20)
 
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(20) as pool:  # so many that it waits for long
         call = pool.submit(engine.request, "/generate", body, {"x-program-id": "abort-me"})
-        for i in range(6):
+        for i in range(18):
             pool.submit(others, i)
         page: dict[str, Any] = {}
         while not (page.get("state") == "waiting" and page["calls"][0]["preemptions"]):
