@@ -217,7 +217,7 @@ class SwapManager:
         """
         req.refresh_fill_ids()
         end = min(req.owned_kv_len(), len(req.full_untruncated_fill_ids) - 1)
-        start = max((shared_rows(req, other) for other in staying), default=0)
+        start = shared_rows(req, staying)
         pages = end // self._page_size
         return min(start // self._page_size, pages) * self._page_size, pages * self._page_size
 
@@ -400,12 +400,20 @@ def may_share(req: Req) -> bool:
     return not req.skip_radix_cache_insert and req.positional_embed_overrides is None
 
 
-def shared_rows(req: Req, other: Req) -> int:
-    """Leading tokens of `req` whose rows are in the tree and locked by the running `other`."""
-    if (req.extra_key, req.cache_salt) != (other.extra_key, other.cache_salt):
-        return 0
-    limit = min(req.kv.cache_protected_len, other.kv.cache_protected_len)
-    return common_prefix(req.full_untruncated_fill_ids, other.full_untruncated_fill_ids, limit)
+def shared_rows(req: Req, others: Iterable[Req]) -> int:
+    """Leading tokens of `req` whose rows are in the tree and locked by one of the running `others`."""
+    tokens, limit = req.full_untruncated_fill_ids, req.kv.cache_protected_len
+    longest = 0
+    for other in others:
+        if longest >= limit:
+            break
+        theirs, end = other.full_untruncated_fill_ids, min(limit, other.kv.cache_protected_len)
+        # Most of many that share something share the same: one look tells that it is no more.
+        if longest >= end or tokens[longest] != theirs[longest]:
+            continue
+        if (req.extra_key, req.cache_salt) == (other.extra_key, other.cache_salt):
+            longest = max(longest, common_prefix(tokens, theirs, end))
+    return longest
 
 
 def common_prefix(a: array[int], b: array[int], limit: int) -> int:

@@ -95,8 +95,7 @@ class SchedulerView:
 
     def holding(self, call: Call) -> int:
         req = call.handle
-        others = (other for other in self._batch.reqs if other is not req)
-        num_shared = max((shared_rows(req, other) for other in others), default=0)
+        num_shared = shared_rows(req, (other for other in self._batch.reqs if other is not req))
         return int(req.kv.kv_committed_len - num_shared + self._reserved(req))
 
     def resume_steps(self, call: Call) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from array import array
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 pytest.importorskip("sglang")
 
 from autellix_sglang.config import ProgramConfig
+from autellix_sglang.engine.swap import shared_rows
 from autellix_sglang.engine.view import SchedulerView
 from bench.swap_rig import Rig, sglang_settings
 
@@ -61,6 +64,30 @@ def test_a_call_alone_holds_its_prompt() -> None:
     rig.submit("other", [7] * 40, 40)
     rig.step()
     assert view_of(rig).holding(call(req)) >= len(PROMPT)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_longest_shared_beginning_is_found(seed: int) -> None:
+    """As by comparing with each in turn, token by token."""
+    rng = random.Random(seed)
+
+    def made() -> Any:
+        tokens = array("q", [rng.randrange(2) for _ in range(12)])
+        kv = SimpleNamespace(cache_protected_len=rng.randrange(13))
+        key = rng.choice([None, "key"])
+        return SimpleNamespace(
+            full_untruncated_fill_ids=tokens, kv=kv, extra_key=key, cache_salt=None
+        )
+
+    def shared(a: Any, b: Any) -> int:
+        limit = min(a.kv.cache_protected_len, b.kv.cache_protected_len)
+        pairs = zip(a.full_untruncated_fill_ids, b.full_untruncated_fill_ids, strict=True)
+        alike = [x == y for x, y in pairs][:limit] if a.extra_key == b.extra_key else []
+        return len(alike) if all(alike) else alike.index(False)
+
+    for _ in range(50):
+        req, *others = (made() for _ in range(8))
+        assert shared_rows(req, others) == max(shared(req, other) for other in others)
 
 
 def test_what_a_call_has_cached_is_not_free_for_it() -> None:
