@@ -401,7 +401,7 @@ def may_share(req: Req) -> bool:
 
 
 def shared_rows(req: Req, others: Iterable[Req]) -> int:
-    """Leading tokens of `req` whose rows are in the tree and locked by one of the running `others`."""
+    """Leading tokens of `req` whose rows are in the tree and locked by one of the others too."""
     tokens, limit = req.full_untruncated_fill_ids, req.kv.cache_protected_len
     longest = 0
     for other in others:
