@@ -230,3 +230,25 @@ def test_what_we_read_of_a_request_and_a_batch_is_there() -> None:
     assert (params.repetition_penalty, params.min_new_tokens) == (1.0, 0)
     fields = ScheduleBatch.__dataclass_fields__
     assert {"reqs", "prefix_lens", "extend_lens", "decoding_reqs", "batch_is_full"} <= set(fields)
+
+
+def test_waiting_requests_are_aborted_without_their_tokens() -> None:
+    """Hence `send_abort_output` ends preempted ones as SGLang ends running ones."""
+    abort = inspect.getsource(Scheduler.abort_request)
+    waiting = abort.index("req = self.waiting_queue.pop(i)")
+    assert waiting < abort.index("self.send_abort_output(") < abort.index("req.to_finish = FINISH")
+    assert "self.finished_reason = self.to_finish" in inspect.getsource(Req.update_finish_state)
+    decode = inspect.getsource(SchedulerBatchResultProcessor.process_batch_result_decode)
+    assert "stream_output(" in decode
+    assert callable(SchedulerReqTimeStats.set_completion_time)
+
+
+def test_the_streams_that_copies_are_ordered_against_have_these_names() -> None:
+    """Nothing but a GPU would tell: on a CPU there is one stream, and copies are done at once."""
+    overlap = inspect.getsource(Scheduler.init_overlap)
+    assert "self.copy_stream: CudaStream = self.device_module.Stream()" in overlap
+    assert "self.forward_stream" in overlap
+    read_back = inspect.getsource(Scheduler._copy_result_to_cpu)
+    assert "self.copy_stream.wait_stream(self.forward_stream)" in read_back
+    loop = inspect.getsource(Scheduler.run_event_loop)
+    assert "with self.device_module.StreamContext(self.schedule_stream)" in loop
