@@ -7,7 +7,9 @@ place changes the output. `Chaos` throws seeded random events at it.
 
 As with overlap scheduling, a batch is in flight while events happen and the next one is planned.
 On a GPU it runs on a stream of its own, and both it and the copies of swapped rows are slowed down
-at random: what is not ordered by the streams then happens in the wrong order.
+at random: what is not ordered by the streams then happens in the wrong order. Without a GPU, fake
+streams (`tests/engine/fake_streams.py`) can take the place of real ones: they queue the same work,
+and do it in any order that real ones might.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from __future__ import annotations
 import random
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,12 +43,13 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from autellix_sglang.config import ProgramConfig
 from autellix_sglang.core.kv import KV_CHOICES
 from autellix_sglang.engine.admission import ProgramPrefillAdder
-from autellix_sglang.engine.swap import SwapManager
+from autellix_sglang.engine.swap import CopyOrder, SwapManager
 from autellix_sglang.engine.swap_op import HostChunk, KVPool, Mover
 
 VOCABULARY = 50
 NUM_LAYERS = 2
 NEW_TOKEN_RATIO = 0.0  # SGLang counts on early ends, which never come: the pool overflows
+RETRACT_DECODE_STEPS = 20  # SGLang's default; it evicts room for so many when it retracts
 MAX_DELAY_CYCLES = 400_000  # of a batch or a copy on a GPU: up to some 0.2 ms
 STEP_S = 0.025  # what one step stands for, when steps are counted as time
 
@@ -73,42 +77,77 @@ def _next_token(rows: Sequence[int]) -> int:
     return sum(row * (i + 1) for i, row in enumerate(rows)) % VOCABULARY
 
 
-def dawdle(rng: random.Random) -> None:
-    """Keep the current stream busy for a while."""
-    torch.cuda._sleep(rng.randrange(MAX_DELAY_CYCLES))
+def submit(streams: Any, work: Callable[[], None]) -> None:
+    """Put work on the current stream: a fake one queues it, a GPU what it launches."""
+    if hasattr(streams, "submit"):
+        streams.submit(work)
+    else:
+        work()
 
 
-class SlowMover:
-    """A mover whose copies begin late."""
+def dawdle(streams: Any, rng: random.Random) -> None:
+    """Keep the current stream of a GPU busy for a while; fake ones need no reason to be late."""
+    if streams is torch.cuda:
+        torch.cuda._sleep(rng.randrange(MAX_DELAY_CYCLES))
 
-    def __init__(self, mover: Mover) -> None:
+
+class LateMover:
+    """A mover whose copies begin late, as far as the order of streams lets them."""
+
+    def __init__(self, mover: Mover, streams: Any) -> None:
         self._mover = mover
+        self._streams = streams
         self._rng = random.Random(0)
 
     def gather(self, pool: KVPool, slots: torch.Tensor, chunk: HostChunk) -> None:
-        dawdle(self._rng)
-        self._mover.gather(pool, slots, chunk)
+        dawdle(self._streams, self._rng)
+        submit(self._streams, partial(self._mover.gather, pool, slots, chunk))
 
     def scatter(self, chunk: HostChunk, pool: KVPool, slots: torch.Tensor) -> None:
-        dawdle(self._rng)
-        self._mover.scatter(chunk, pool, slots)
+        dawdle(self._streams, self._rng)
+        submit(self._streams, partial(self._mover.scatter, chunk, pool, slots))
+
+
+class ReusingAllocator(TokenToKVPoolAllocator):  # type: ignore[misc]  # SGLang is untyped
+    """Lends first what was freed last, as SGLang's allocator of larger pages does.
+
+    Copies and batches thus use the same rows one right after the other.
+    """
+
+    free_pages: torch.Tensor
+
+    def free(self, free_index: torch.Tensor) -> None:
+        num_free = len(self.free_pages)
+        super().free(free_index)
+        self.free_pages = self.free_pages.roll(-num_free)
 
 
 class Rig:
-    """A few batch slots and KV tokens; has what `SwapManager` and admission ask of a scheduler."""
+    """A few batch slots and KV tokens; has what `SwapManager` and admission ask of a scheduler.
+
+    `streams` has the interface of `torch.cuda`, which is the default on a GPU; elsewhere it is
+    None, and whatever is launched is done at once. Without overlap the model works on the
+    scheduler's own stream.
+    """
 
     page_size = 1
     tp_size = 1
 
     def __init__(
-        self, config: ProgramConfig, num_slots: int, num_kv_tokens: int, device: str = "cpu"
+        self,
+        config: ProgramConfig,
+        num_slots: int,
+        num_kv_tokens: int,
+        device: str = "cpu",
+        streams: Any = None,
+        has_overlap: bool = True,
     ) -> None:
         self.num_kv_tokens = num_kv_tokens
         self.pool = MHATokenToKVPool(
             size=num_kv_tokens, page_size=1, dtype=torch.float32, head_num=1, head_dim=4,
             layer_num=NUM_LAYERS, device=device, enable_memory_saver=False,
         )  # fmt: skip
-        self.token_to_kv_pool_allocator = TokenToKVPoolAllocator(
+        self.token_to_kv_pool_allocator = ReusingAllocator(
             num_kv_tokens, dtype=torch.float32, device=device, kvcache=self.pool, need_sort=False
         )
         self._table = ReqToTokenPool(num_slots, num_kv_tokens, device, enable_memory_saver=False)
@@ -127,19 +166,26 @@ class Rig:
         self.running: list[Req] = []
         self.num_recomputed = 0
         self._computed: dict[Req, int] = {}
+        self.must_retract = False  # one call, room or not, as with SGLANG_TEST_RETRACT
         self._in_flight: dict[Req, torch.Tensor] = {}  # see `_generate`
-        self._held: list[torch.Tensor] = []  # read by the batch in flight
+        self._prefilling: set[Req] = set()  # in the batch in flight
+        self._held: list[torch.Tensor] = []  # used by the batch in flight
         self._rng = random.Random(0)
-        self.enable_overlap = device != "cpu"  # on a CPU whatever is launched is done at once
+        is_gpu = torch.device(device).type == "cuda"
+        self._streams = torch.cuda if streams is None and is_gpu else streams
+        self.enable_overlap = has_overlap and self._streams is not None
         if self.enable_overlap:
-            self.forward_stream, self.copy_stream = torch.cuda.Stream(), torch.cuda.Stream()
+            self.forward_stream, self.copy_stream = self._streams.Stream(), self._streams.Stream()
+        elif self._streams is not None:
+            self.forward_stream = self._streams.current_stream()
         self.swaps = SwapManager(self)
         self.swaps.configure(config)
-        if self.enable_overlap and self.swaps._mover is not None:
-            self.swaps._mover = SlowMover(self.swaps._mover)
+        if self._streams is not None and self.swaps._mover is not None:
+            self.swaps._mover = LateMover(self.swaps._mover, self._streams)
+            self.swaps._copies = CopyOrder(self._streams, self)
 
     def reqs_prefilling_in_flight(self) -> set[Req]:
-        return set()
+        return self._prefilling
 
     def prompts_in_flight(self) -> list[Req]:
         return []
@@ -175,8 +221,11 @@ class Rig:
         self.waiting[:0] = victims
 
     def step(self) -> list[Req]:
-        """Admit, take the results of the batch in flight, launch the next; returns who ended."""
-        self._admit()
+        """Admit, take the results of the batch in flight, launch the next; returns who ended.
+
+        What `_prefetch` copies may run beside that next batch.
+        """
+        self.admit()
         self._prefetch()
         self._take_results()
         ended = self._end()
@@ -210,7 +259,9 @@ class Rig:
 
     # -- admission -------------------------------------------------------------------------------
 
-    def _admit(self) -> None:
+    def admit(self) -> None:
+        """Let in whoever fits: their prompts join the batch in flight."""
+        self.swaps.settle()
         batch = SimpleNamespace(reqs=self.running)
         scheduler: Any = self
         adder = ProgramPrefillAdder(
@@ -228,6 +279,7 @@ class Rig:
             self.waiting.remove(req)
             self.swaps.note_admission(req, req.prefix_len)
             self._prefill(req)
+            self._prefilling.add(req)
             self.running.append(req)
 
     def _prefill(self, req: Req) -> None:
@@ -253,15 +305,20 @@ class Rig:
         slot = self.token_to_kv_pool_allocator.alloc(1)
         position = req.kv.kv_committed_len
         self._table.write((req.kv.req_pool_idx, position), slot[0].to(torch.int32))
-        with self._model(slot):
+
+        def compute() -> None:
             for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
                 buffer.index_fill_(0, slot, float(_row(token, position)))
+
+        self._launch(compute, slot)
         req.kv.kv_committed_len = req.kv.kv_allocated_len = position + 1
 
     def _generate(self, req: Req) -> None:
         """Leave the next token with the batch in flight; an impossible one for torn rows."""
         slots = self._table.req_to_token[req.kv.req_pool_idx, : req.kv.kv_committed_len].long()
-        with self._model(slots):
+        result = torch.full((), VOCABULARY, device=slots.device)
+
+        def generate() -> None:
             rows = [
                 buffer[slots].reshape(len(slots), -1)
                 for buffer in (*self.pool.k_buffer, *self.pool.v_buffer)
@@ -270,42 +327,46 @@ class Rig:
             weights = torch.arange(1, len(slots) + 1, device=values.device)
             token = (values[:, 0] * weights).sum() % VOCABULARY
             is_whole = (values == values[:, :1]).all()
-            self._in_flight[req] = torch.where(is_whole, token, VOCABULARY)
+            result.copy_(torch.where(is_whole, token, VOCABULARY))
 
-    @contextmanager
-    def _model(self, *inputs: torch.Tensor) -> Iterator[None]:
-        """The model's work: on a GPU behind what its stream and the current one have now."""
-        self._held += inputs
-        if not self.enable_overlap:
-            yield
+        self._launch(generate, slots, result)
+        self._in_flight[req] = result
+
+    def _launch(self, work: Callable[[], None], *tensors: torch.Tensor) -> None:
+        """The model's work, behind what its stream and the current one have by now."""
+        self._held += tensors
+        if self._streams is None:
+            work()
             return
-        self.forward_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.forward_stream):
-            yield
+        self.forward_stream.wait_stream(self._streams.current_stream())
+        with self._streams.stream(self.forward_stream):
+            submit(self._streams, work)
 
     def _begin_batch(self) -> None:
-        if self.enable_overlap:
-            with self._model():
-                dawdle(self._rng)
+        self._launch(partial(dawdle, self._streams, self._rng))
 
     def _take_results(self) -> None:
-        if self.enable_overlap:
+        if self._streams is not None:
             self.forward_stream.synchronize()
         for req, token in self._in_flight.items():
             req.output_ids.append(int(token))
             self._computed[req] = req.kv.kv_committed_len
         self._in_flight.clear()
+        self._prefilling.clear()
         self._held.clear()
 
     def _make_room(self) -> None:
         """Retract the youngest calls until every running one has a KV token to write."""
-        self.swaps.settle()
         while self.running:
             evict_from_tree_cache(self.tree_cache, len(self.running))
-            if self.token_to_kv_pool_allocator.available_size() >= len(self.running):
+            has_room = self.token_to_kv_pool_allocator.available_size() >= len(self.running)
+            if has_room and not self.must_retract:
                 return
+            self.must_retract = False
+            self.swaps.settle()
             victim = self.running.pop()
             self.swaps.retract(victim, self.running)
+            evict_from_tree_cache(self.tree_cache, len(self.running) * RETRACT_DECODE_STEPS)
             self.waiting.insert(0, victim)
 
     def _finish(self, req: Req) -> None:
@@ -345,13 +406,22 @@ class Chaos:
         num_kv_tokens: int = 100,
         num_host_tokens: int = 128,
         device: str = "cpu",
+        streams: Any = None,
+        has_overlap: bool = True,
     ) -> None:
         self._rng = random.Random(seed)
         record_bytes = 2 * NUM_LAYERS * 16
         host_gib = num_host_tokens * record_bytes / 2**30
         config = ProgramConfig(kv="mixed", kv_break_even=4, host_memory=host_gib)
         self._config = config
-        self._rig = Rig(config, num_slots=4, num_kv_tokens=num_kv_tokens, device=device)
+        self._rig = Rig(
+            config,
+            num_slots=4,
+            num_kv_tokens=num_kv_tokens,
+            device=device,
+            streams=streams,
+            has_overlap=has_overlap,
+        )
         self._beginnings = [[self._rng.randrange(VOCABULARY) for _ in range(12)] for _ in range(3)]
         self._live: dict[Req, _Sent] = {}
         self._num_sent = 0
@@ -360,7 +430,8 @@ class Chaos:
     def run(self, num_steps: int) -> dict[str, Any]:
         """So many steps with events, then as many as the calls left over need."""
         for _ in range(num_steps):
-            self._happen()
+            for _ in range(self._rng.choice((1, 1, 4))):  # beside one and the same batch
+                self._happen()
             self._step()
         for _ in range(10_000):
             if not self._live:
@@ -383,10 +454,16 @@ class Chaos:
         rng, rig = self._rng, self._rig
         if len(self._live) < 12 and rng.random() < 0.3:
             self._submit()
+        if rng.random() < 0.3:
+            rig.admit()
         if rig.running and rng.random() < 0.25:
             victims = rng.sample(rig.running, rng.randint(1, len(rig.running)))
             rig.preempt(victims)
             self.events["preempted"] += len(victims)
+        if rng.random() < 0.15:
+            rig.must_retract = True
+        if rng.random() < 0.2:
+            rng.shuffle(rig.waiting)
         if self._live and rng.random() < 0.03:
             req = rng.choice(list(self._live))
             del self._live[req]
@@ -395,7 +472,7 @@ class Chaos:
         if rng.random() < 0.02:
             self._config = self._config.replace(kv=rng.choice(KV_CHOICES))
             rig.swaps.configure(self._config)
-        if not rig.running and rng.random() < 0.2:
+        if not rig.running and rng.random() < 0.05:
             rig.flush()
             self.events["flushed"] += 1
 

@@ -154,7 +154,8 @@ class SwapManager:
         assert made is not None and self._kv is not None
         self._mover, self._host, self.link = made
         self._host_gib = config.host_memory
-        self._copies = CopyOrder(self._kv.device, self._scheduler)
+        streams = torch.cuda if self._kv.device.type == "cuda" else None
+        self._copies = CopyOrder(streams, self._scheduler)
         logger.info(
             "host pool for swapped KV: %.2f GiB on this rank, %d bytes per token",
             self._host.total_bytes / GIB, self._kv.record_bytes,
@@ -438,11 +439,11 @@ class CopyOrder:
     before they were written. The scheduler's thread never waits.
     """
 
-    def __init__(self, device: torch.device, scheduler: Any) -> None:
-        self._is_async = device.type == "cuda"
+    def __init__(self, streams: Any, scheduler: Any) -> None:
+        self._streams = streams  # the module `torch.cuda`; None where there are none
         self._scheduler = scheduler
         # With overlap scheduling a batch is in flight on a stream of its own.
-        has_own = self._is_async and scheduler.enable_overlap
+        has_own = streams is not None and scheduler.enable_overlap
         self._forward = scheduler.forward_stream if has_own else None
         self._is_settled = True
 
@@ -452,26 +453,27 @@ class CopyOrder:
 
         Made at the first copy, when SGLang has all of its own.
         """
-        taken = [torch.cuda.current_stream()]
+        taken = [self._streams.current_stream()]
         if self._forward is not None:
             taken += [self._forward, self._scheduler.copy_stream]
-        return allocate_distinct_stream(torch.cuda, taken)
+        return allocate_distinct_stream(self._streams, taken)
 
     def settle(self) -> None:
         """Let the next batch wait for all copies so far."""
-        if self._is_async and not self._is_settled:
-            (self._forward or torch.cuda.current_stream()).wait_stream(self._stream)
+        if not self._is_settled:
+            (self._forward or self._streams.current_stream()).wait_stream(self._stream)
             self._is_settled = True
 
     @contextmanager
     def after_results(self, slots: torch.Tensor, is_awaited: bool = True) -> Iterator[None]:
         """For reading rows that are older than the last result: the batch in flight writes none."""
-        if not self._is_async:
+        if self._streams is None:
             yield
             return
-        self._stream.wait_stream(torch.cuda.current_stream())  # which has made `slots`
-        slots.record_stream(self._stream)
-        with torch.cuda.stream(self._stream):
+        self._stream.wait_stream(self._streams.current_stream())  # which has made `slots`
+        if slots.is_cuda:
+            slots.record_stream(self._stream)
+        with self._streams.stream(self._stream):
             yield
         self._is_settled = False
         if is_awaited:
@@ -483,7 +485,7 @@ class CopyOrder:
 
         If it is not awaited, nothing may use the rows before `settle`.
         """
-        if self._is_async and self._forward is not None:
+        if self._forward is not None:
             self._stream.wait_stream(self._forward)
         with self.after_results(slots, is_awaited):
             yield
