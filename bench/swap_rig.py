@@ -412,7 +412,7 @@ class Chaos:
         self._rng = random.Random(seed)
         record_bytes = 2 * NUM_LAYERS * 16
         host_gib = num_host_tokens * record_bytes / 2**30
-        config = ProgramConfig(kv="mixed", kv_break_even=4, host_memory=host_gib)
+        config = ProgramConfig(kv="mixed", kv_break_even=4, host_memory=host_gib, prefix_wait=8)
         self._config = config
         self._rig = Rig(
             config,
