@@ -23,7 +23,7 @@ from autellix_sglang.identity import parse_flag
 
 ENV_VAR: Final = "AUTELLIX_SGLANG_CONFIG"
 OFF: Final = "off"
-MAX_STEPS: Final = 10**9  # of any setting; far beyond it a clock of floats would stand still
+MAX_SETTING: Final = 10**9  # of most, in any unit; a clock of floats far beyond stands still
 MAX_PREFILL_WEIGHT: Final = 1000
 POLICY_CHOICES: Final = (OFF, *POLICIES)
 
@@ -91,14 +91,14 @@ class ProgramConfig:
         if self.kv not in KV_CHOICES:
             raise ConfigError("--program-kv", f"{self.kv!r} is not one of {', '.join(KV_CHOICES)}")
         _require(self, "levels", 1 <= self.levels <= 64, "an integer from 1 to 64")
-        _require(self, "quantum", 0 <= self.quantum <= MAX_STEPS, "from 0 (learn it) to 1e9")
+        _require(self, "quantum", 0 <= self.quantum <= MAX_SETTING, "from 0 (learn it) to 1e9")
         _require(self, "factor", 1 < self.factor <= 1000, "above 1, at most 1000")
-        _require(self, "beta", 0 <= self.beta <= MAX_STEPS, "from 0 (off) to 1e9")
-        _require(self, "min_run", 0 <= self.min_run <= MAX_STEPS, "from 0 to 1e9")
+        _require(self, "beta", 0 <= self.beta <= MAX_SETTING, "from 0 (off) to 1e9")
+        _require(self, "min_run", 0 <= self.min_run <= MAX_SETTING, "from 0 to 1e9")
         _require(
             self,
             "schedule_interval",
-            1 <= self.schedule_interval <= MAX_STEPS,
+            1 <= self.schedule_interval <= MAX_SETTING,
             "an integer from 1 to 1e9",
         )
         _require(
@@ -107,17 +107,17 @@ class ProgramConfig:
             0 <= self.prefill_weight <= MAX_PREFILL_WEIGHT,
             f"from 0 (measure) to {MAX_PREFILL_WEIGHT}",
         )
-        _require(self, "prefix_wait", 0 <= self.prefix_wait <= MAX_STEPS, "from 0 (never) to 1e9")
+        _require(self, "prefix_wait", 0 <= self.prefix_wait <= MAX_SETTING, "from 0 (never) to 1e9")
         _require(
-            self, "kv_break_even", 0 <= self.kv_break_even <= MAX_STEPS, "from 0 (measure) to 1e9"
+            self, "kv_break_even", 0 <= self.kv_break_even <= MAX_SETTING, "from 0 (measure) to 1e9"
         )
         _require(
             self,
             "host_memory",
-            0 <= self.host_memory <= MAX_STEPS or self.host_memory == -1,
+            0 <= self.host_memory <= MAX_SETTING or self.host_memory == -1,
             "from 0 to 1e9, or -1 (a share of what is available)",
         )
-        _require(self, "ttl", 0 < self.ttl <= MAX_STEPS, "above 0, at most 1e9")
+        _require(self, "ttl", 0 < self.ttl <= MAX_SETTING, "above 0, at most 1e9")
 
     @property
     def is_enabled(self) -> bool:

@@ -29,6 +29,7 @@ from autellix_sglang.router.config import (
     add_worker_arguments,
     worker_from_arguments,
 )
+from autellix_sglang.router.config import flag_of as sglang_flag_of
 
 logger = logging.getLogger("autellix_sglang")
 
@@ -113,7 +114,7 @@ def serve_replicas(
 
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, datefmt="%Y-%m-%d %H:%M:%S")
     settings = config_file(sglang_argv).items()
-    of_file = [part for key, value in settings for part in (_flag_of_key(key), str(value))]
+    of_file = [part for key, value in settings for part in (sglang_flag_of(key), str(value))]
     return fleet.serve(namespace, [*of_file, *sglang_argv], argv)
 
 
@@ -184,7 +185,7 @@ def given_flags(sglang_argv: Iterable[str]) -> frozenset[str]:
     """The flags on the command line or in the file named by --config."""
     argv = list(sglang_argv)
     given = {arg.partition("=")[0] for arg in argv if arg.startswith("--")}
-    return frozenset(given.union(map(_flag_of_key, config_file(argv))))
+    return frozenset(given.union(map(sglang_flag_of, config_file(argv))))
 
 
 def config_file(sglang_argv: Sequence[str]) -> dict[str, Any]:
@@ -200,11 +201,7 @@ def config_file(sglang_argv: Sequence[str]) -> dict[str, Any]:
         raise ConfigError("--config", str(error)) from error
     if not isinstance(settings, dict | None):
         raise ConfigError("--config", f"{path} holds no mapping of flags to values")
-    return settings or {}
-
-
-def _flag_of_key(key: object) -> str:
-    return "--" + str(key).replace("_", "-")
+    return {str(key): value for key, value in (settings or {}).items()}
 
 
 def _with_config_apart(argv: Sequence[str]) -> list[str]:

@@ -25,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from sglang.srt.environ import envs
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
 from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
@@ -49,7 +50,6 @@ from autellix_sglang.engine.swap_op import HostChunk, KVPool, Mover
 VOCABULARY = 50
 NUM_LAYERS = 2
 NEW_TOKEN_RATIO = 0.0  # SGLang counts on early ends, which never come: the pool overflows
-RETRACT_DECODE_STEPS = 20  # SGLang's default; it evicts room for so many when it retracts
 MAX_DELAY_CYCLES = 400_000  # of a batch or a copy on a GPU: up to some 0.2 ms
 STEP_S = 0.025  # what one step stands for, when steps are counted as time
 
@@ -366,7 +366,8 @@ class Rig:
             self.swaps.settle()
             victim = self.running.pop()
             self.swaps.retract(victim, self.running)
-            evict_from_tree_cache(self.tree_cache, len(self.running) * RETRACT_DECODE_STEPS)
+            num_tokens = len(self.running) * envs.SGLANG_RETRACT_DECODE_STEPS.get()
+            evict_from_tree_cache(self.tree_cache, num_tokens)
             self.waiting.insert(0, victim)
 
     def _finish(self, req: Req) -> None:

@@ -253,9 +253,8 @@ class Standing:
     def rescale(self, scale: float, service: float) -> None:
         """Count what the program has passed by another scale."""
         self.scale = scale
-        bucket = bisect_right(EDGES, service / scale) - 1
-        if bucket + 1 < NUM_BUCKETS and service >= EDGES[bucket + 1] * scale:  # they round apart
-            bucket += 1
+        # By the products that `move` takes for edges: a quotient may round to another bucket.
+        bucket = bisect_right(EDGES, service, key=lambda edge: edge * scale) - 1
         times = 1 if bucket > self.bucket else -1
         for rung, number in self.counts:
             for passed in range(min(bucket, self.bucket), max(bucket, self.bucket)):

@@ -24,7 +24,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -39,9 +39,10 @@ from autellix_sglang.config import ProgramConfig
 from autellix_sglang.core.program import STATES
 from autellix_sglang.engine.plugin import with_host_memory
 from autellix_sglang.errors import ConfigError, ControlError, IdentityError, UnknownProgramError
-from autellix_sglang.identity import MAX_ID_CHARACTERS, CallTag, HeaderIdentity, parse_id
+from autellix_sglang.identity import CallTag, HeaderIdentity, parse_id
 from autellix_sglang.messages import ProgramControl, ProgramReply
 
+T = TypeVar("T")
 Control = Callable[[ProgramControl], Awaitable[ProgramReply]]
 Clock = Callable[[], float]
 
@@ -244,8 +245,11 @@ def response_headers(context: RequestContext) -> list[tuple[bytes, bytes]]:
 
 
 def _fits_header(value: object) -> bool:
-    text = "" if value is None else str(value)
-    return 0 < len(text) <= MAX_ID_CHARACTERS and text.isprintable() and text == text.strip()
+    try:
+        parse_id("", "" if value is None else str(value))
+    except IdentityError:
+        return False
+    return True
 
 
 def _numbers(outcomes: Iterable[Mapping[str, Any]], key: str) -> list[float]:
@@ -395,10 +399,7 @@ def _context() -> RequestContext:
 def _parse_open(body: bytes) -> str | None:
     if not body.strip():
         return None
-    try:
-        named = msgspec.json.decode(body, type=_OpenRequest).id
-    except (msgspec.DecodeError, RecursionError) as error:  # the latter for deep nesting
-        raise IdentityError("body", str(error)) from None
+    named = _decoded(body, _OpenRequest).id
     return None if named is None else parse_id("id", named)
 
 
@@ -407,16 +408,20 @@ def _parse_config(body: bytes) -> dict[str, Any]:
 
     What -1 stands for as the host pool's size is settled here, so that all ranks get one number.
     """
-    try:
-        changes = msgspec.json.decode(body, type=dict[str, Any])
-    except (msgspec.DecodeError, RecursionError) as error:  # the latter for deep nesting
-        raise IdentityError("body", str(error)) from None
+    changes = _decoded(body, dict[str, Any])
     config = ProgramConfig().replace(**changes)
     if not config.is_enabled:
         raise ConfigError("policy", "'off' needs a server started with --program-policy off")
     if "host_memory" in changes:
         changes["host_memory"] = with_host_memory(config).host_memory
     return changes
+
+
+def _decoded(body: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:  # the latter for deep nesting
+        raise IdentityError("body", str(error)) from None
 
 
 def _parse_page(query: Mapping[str, str]) -> dict[str, Any]:

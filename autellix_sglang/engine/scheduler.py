@@ -380,7 +380,8 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         if self._num_checked_events != table.num_events and self.is_fully_idle():
             self._num_checked_events = table.num_events
             self._reconcile()
-            if table.num_programs <= _MAX_CALLS_CHECKED >= table.num_calls_kept:
+            is_small = table.num_programs <= _MAX_CALLS_CHECKED
+            if is_small and table.num_calls_kept <= _MAX_CALLS_CHECKED:
                 table.check_integrity()
             self.swaps.check_integrity(self.waiting_queue)
 

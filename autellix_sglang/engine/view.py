@@ -73,19 +73,19 @@ class SchedulerView:
         req.refresh_fill_ids()
         match_kv_cache(req, scheduler.tree_cache)
         num_tokens = len(req.full_untruncated_fill_ids)
-        others = [*(other.handle for other in ahead), *self._prompts_in_flight]
-        awaited = prefix_under_way(scheduler, req, others)
+        before = [other.handle for other in ahead]
+        awaited = prefix_under_way(scheduler, req, [*before, *self._prompts_in_flight])
         num_matched = max(awaited, req.num_matched_prefix_tokens)
         missing = max(1, num_tokens - num_matched)
         uncached = max(1, num_tokens - scheduler.swaps.cached_tokens(req, num_matched))
-        num_locked = self._newly_locked(req, [other.handle for other in ahead])
+        num_locked = self._newly_locked(req, before)
         num_new = missing + max_new_tokens(req) + scheduler.page_size
         return Demand(num_new + num_locked, uncached)
 
-    def _newly_locked(self, req: Any, ahead: Sequence[Any]) -> int:
+    def _newly_locked(self, req: Any, before: Sequence[Any]) -> int:
         """Cached tokens of a waiting request that count as free, and will not once it runs."""
         tree = self._scheduler.tree_cache
-        locks = [tree.lock(other.last_node) for other in ahead]
+        locks = [tree.lock(other.last_node) for other in before]
         num_free = tree.evictable_size()
         locks.append(tree.lock(req.last_node))
         num_left = tree.evictable_size()
