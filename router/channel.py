@@ -82,6 +82,27 @@ class Codec:
             raise Garbage(f"a batch that cannot be read: {error}") from None
 
 
+class AwakeClock:
+    """Seconds in which this process could hear its peers, for who calls it about every `period_s`.
+
+    Time between two calls counts as `period_s` at most: what is beyond was a pause (SIGSTOP, a
+    machine that stalls, a blocked loop). What peers sent in a pause is still in the socket after
+    it, so the pause is no silence of theirs.
+    """
+
+    def __init__(self, clock: Callable[[], float], period_s: float) -> None:
+        self.period_s = period_s
+        self._clock = clock
+        self._last_s = clock()
+        self._awake_s = 0.0
+
+    def __call__(self) -> float:
+        now_s = self._clock()
+        self._awake_s += min(now_s - self._last_s, self.period_s)
+        self._last_s = now_s
+        return self._awake_s
+
+
 class Quiet:
     """Logs the first of its kind, then at most one line a minute with how many there were."""
 

@@ -34,6 +34,7 @@ from autellix_sglang.router.channel import (
     REFUSED,
     REJOIN,
     Allowed,
+    AwakeClock,
     Channel,
     Codec,
     Garbage,
@@ -180,7 +181,7 @@ class RemoteWorker:
         self.displaced: set[bytes] = set()  # addresses of others that had its name before
         self.outbox = Outbox(session)
         self.next_number = 0
-        self.heard_s = hub.clock()
+        self.heard_s = hub.awake()  # by that clock
         self.patience_s = hub.config.timeout_s  # of silence, until it counts as lost
         self.report = Report(is_ready=False)
         self.is_draining = register.is_draining
@@ -202,7 +203,7 @@ class RemoteWorker:
     @property
     def can_take(self) -> bool:
         """Whether calls may be sent to it: ready, heard of lately, and reading what it is sent."""
-        is_silent = self._hub.clock() - self.heard_s > self.patience_s / 2
+        is_silent = self._hub.awake() - self.heard_s > self.patience_s / 2
         return self.state is State.READY and not is_silent and self.outbox.num_bytes < OUTBOX_BYTES
 
     def load(self) -> balance.Worker:
@@ -294,6 +295,7 @@ class Hub:
     def __init__(self, config: RouterConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
         self.clock = clock
+        self.awake = AwakeClock(clock, config.heartbeat_s)
         self.programs = Programs()
         self.workers: dict[str, RemoteWorker] = {}  # by name
         self.num_open = 0
@@ -472,7 +474,7 @@ class Hub:
                 "kv_tokens": worker.report.kv_tokens,
                 "kv_used_tokens": worker.report.kv_used_tokens,
                 "cache_hit_rate": round(worker.report.cache_hit_rate, 4),
-                "silent_s": round(self.clock() - worker.heard_s, 2),
+                "silent_s": round(self.awake() - worker.heard_s, 2),
             }
             for worker in self.workers.values()
         ]
@@ -492,7 +494,7 @@ class Hub:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(self.config.heartbeat_s)
-            now_s = self.clock()
+            now_s = self.awake()
             for worker in list(self.workers.values()):
                 if now_s - worker.heard_s > worker.patience_s:
                     self._lose(worker, f"nothing heard for {worker.patience_s:g} s")
@@ -525,7 +527,7 @@ class Hub:
             self.channel.send_frames(address, [REJOIN])
         else:
             worker.next_number += 1
-            worker.heard_s = self.clock()
+            worker.heard_s = self.awake()
             for message in messages:
                 self._take(worker, message)
 

@@ -34,6 +34,7 @@ from starlette.types import ASGIApp, Message, Scope
 from autellix_sglang.router.channel import (
     REFUSED,
     REJOIN,
+    AwakeClock,
     Channel,
     Codec,
     Garbage,
@@ -64,6 +65,7 @@ logger = logging.getLogger(__name__)
 
 MAX_PROGRAMS: Final = 10_000  # whose home a restarted router is told
 JOIN_S: Final = 1.0  # between attempts to register
+DIAL_S: Final = JOIN_S / 10  # between looks at whether it is time for one
 REFUSED_S: Final = 30.0  # and after a refusal, which somebody has to see to
 RATE_TOKENS: Final = 10_000  # prefilled before the rate is told: first batches are slow
 SMOOTHING: Final = 0.02  # weight of the latest call in the mean time per call
@@ -187,7 +189,8 @@ class _Link:
         self._outbox = Outbox(0)
         self._next_number = 0
         self._welcome: Welcome | None = None
-        self._heard_s = agent.clock()
+        self._awake = AwakeClock(agent.clock, DIAL_S)
+        self._heard_s = self._awake()
         self._next_join_s = agent.clock()
         self._is_leaving = False
         self._redial = redial
@@ -230,31 +233,32 @@ class _Link:
                 await self._beat_once()
             except Exception as error:  # keys that are being changed, no descriptor to be had
                 self._quiet.warning("beat", f"could not work for {self._endpoint}: {error}")
-            await asyncio.sleep(self._welcome.heartbeat_s if self._welcome else JOIN_S / 10)
+            await asyncio.sleep(self._awake.period_s)
 
     async def _beat_once(self) -> None:
-        now_s = self.agent.clock()
-        if self._welcome is not None and now_s - self._heard_s > self._welcome.timeout_s:
+        silent_s = self._awake() - self._heard_s
+        if self._welcome is not None and silent_s > self._welcome.timeout_s:
             logger.warning("no word from the router at %s, joining anew", self._endpoint)
             self._end_session()
         if self._welcome is not None:
             report = await self.agent.report(self)
             self.num_slots = report.num_slots
             self.send(self._outbox.session, report)
-        elif now_s >= self._next_join_s and not self._is_leaving:
-            self._join(now_s)
+        elif self.agent.clock() >= self._next_join_s and not self._is_leaving:
+            self._join()
 
     def _connect(self) -> Channel:
         return Channel(self._redial(), Codec(FROM_ROUTER), self._take_frames)
 
-    def _join(self, now_s: float) -> None:
+    def _join(self) -> None:
         self._end_session()
-        self._next_join_s = now_s + JOIN_S
-        if now_s - self._heard_s > JOIN_S:
+        self._next_join_s = self.agent.clock() + JOIN_S
+        silent_s = self._awake() - self._heard_s
+        if silent_s > JOIN_S:
             # What was sent into the silence would all arrive at its end, and TCP tries ever less.
             self._channel.close(linger_ms=0)
             self._channel = self._connect()
-        if now_s - self._heard_s > 10 * JOIN_S:
+        if silent_s > 10 * JOIN_S:
             self._quiet.warning("silent", f"no answer from a router at {self._endpoint} yet")
         agent = self.agent
         register = Register(
@@ -268,6 +272,7 @@ class _Link:
     def _end_session(self) -> None:
         """Nobody waits for the answers of this session any more."""
         self._welcome = None
+        self._awake.period_s = DIAL_S
         self._channel.drop(b"")
         self._outbox = Outbox(secrets.randbits(63) | 1)
         self._next_number = 0
@@ -311,7 +316,7 @@ class _Link:
             self._next_join_s = self.agent.clock()
             return
         self._next_number += 1
-        self._heard_s = self.agent.clock()
+        self._heard_s = self._awake()
         for message in messages:
             self._take(message)
 
@@ -328,6 +333,7 @@ class _Link:
                     stream.cancel()
             case Welcome():
                 self._welcome = message
+                self._awake.period_s = message.heartbeat_s
             case Drain():
                 self.agent.is_draining = message.is_draining
             case Alive():

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import socket
+import time
 
 import httpx
 import pytest
@@ -19,7 +20,7 @@ from autellix_sglang.engine import worker
 from autellix_sglang.errors import ConfigError
 from autellix_sglang.router import app
 from autellix_sglang.router.__main__ import listen
-from autellix_sglang.router.channel import HELLO, NUMBERS, REFUSED, Codec, make_keys
+from autellix_sglang.router.channel import HELLO, NUMBERS, REFUSED, AwakeClock, Codec, make_keys
 from autellix_sglang.router.config import RouterConfig
 from autellix_sglang.router.messages import FROM_ROUTER, Register, Report
 from tests.router.conftest import FAST, Replica, streaming
@@ -297,7 +298,7 @@ async def test_session_that_ends_counts_less_than_a_worker_that_does(rig):
         await rig.until(lambda n=num_tries: len(rig.replicas["a"].bodies) == n)
         (link,) = rig.agents["a"]._links
         if breaks:
-            link._join(link.agent.clock())  # as after the router's silence
+            link._join()  # as after the router's silence
         else:
             rig.hub._lose(rig.hub.workers["a"], "gone")
     await rig.until(lambda: len(rig.replicas["a"].bodies) == 5)
@@ -381,6 +382,32 @@ async def test_paused_worker_starts_over(rig):
     rig.replicas["a"].hold.set()
     assert (await call).json() == {"worker": "a", "tokens": [0, 1, 2]}  # sent to it once more
     await rig.until(lambda: rig.num_streams == 0)
+
+
+async def test_pause_of_the_whole_process_is_no_silence(rig):
+    """Who was stopped for longer than the timeout finds its peers' words in the socket."""
+    client = await rig.route()
+    await rig.join("a", "b")
+    sessions = {name: found.outbox.session for name, found in rig.hub.workers.items()}
+    call = asyncio.create_task(client.post("/generate", json={"hold_at": 0}))
+    await rig.until(lambda: rig.num_streams == 3)
+    for _ in range(3):
+        time.sleep(1.5 * FAST["timeout_s"])
+        await asyncio.sleep(3 * FAST["heartbeat_s"])
+    (served,) = [replica for replica in rig.replicas.values() if replica.seen]
+    served.hold.set()
+    assert (await call).json()["worker"] == served.name
+    assert rig.hub.num_retries == 0
+    assert {name: w.outbox.session for name, w in rig.hub.workers.items()} == sessions
+
+
+def test_awake_clock_leaves_pauses_out():
+    """Time between two calls counts as one period at most."""
+    now_s = 100.0
+    awake = AwakeClock(lambda: now_s, 0.5)
+    for step_s, expected_s in [(0.0, 0.0), (0.25, 0.25), (0.5, 0.75), (60.0, 1.25), (0.25, 1.5)]:
+        now_s += step_s
+        assert awake() == expected_s
 
 
 async def test_worker_joins_once_however_long_the_router_was_away(rig, caplog, monkeypatch):
