@@ -103,6 +103,8 @@ def serve_replicas(
     namespace: argparse.Namespace, sglang_argv: list[str], argv: Sequence[str]
 ) -> int:
     """Run several replicas behind a router until stopped; this process loads no model."""
+    if namespace.replicas < 1:
+        raise ConfigError("--replicas", f"{namespace.replicas} is not allowed; it must be above 0")
     config = from_arguments(namespace)  # refuse now what every replica would refuse
 
     from autellix_sglang.engine import plugin

@@ -44,7 +44,7 @@ from bench.server import (
 )
 from bench.trace import TraceProgram
 
-POLICIES = ("mlfq", "plas", "atlas")
+POLICIES = ("mlfq", "plas", "atlas", "gittins")
 # A small quantum and no protection after a start: as many preemptions as there can be. Calls wait
 # for one another's prefixes, short as these are.
 SETTINGS = {

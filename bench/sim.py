@@ -56,7 +56,7 @@ LOADS: Final = (0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.
 QUICK_LOADS: Final = (0.5, 0.8, 1.0, 1.2, 1.5, 2.0, 3.0)
 LOWEST_LEVEL: Final = 1.5  # times the unloaded latency: below it curves are flat, ratios luck
 NUM_LEVELS: Final = 200  # latency levels that are tried for the largest ratio
-QUICK_POLICIES: Final = ("fcfs", "mlfq", "plas")
+QUICK_POLICIES: Final = ("fcfs", "mlfq", "plas", "gittins")
 # What issue 6 asks for: workload -> least ratio of rates against fcfs, against mlfq.
 BARS: Final = {
     "chat": (2.0, 1.5),
@@ -448,9 +448,7 @@ def parser() -> argparse.ArgumentParser:
     known = [*POLICIES, *BASELINES]
     out = new_parser("bench.sim", __doc__)
     add = out.add_argument
-    add(
-        "--quick", action="store_true", help="fcfs, mlfq and plas, few loads, 5 minutes of arrivals"
-    )
+    add("--quick", action="store_true", help="four policies, few loads, 5 minutes of arrivals")
     add("--device", choices=PRESETS, default="a100-8b", help="default: %(default)s")
     add(
         "--workloads",

@@ -166,6 +166,7 @@ class Rig:
         self.running: list[Req] = []
         self.num_recomputed = 0
         self._computed: dict[Req, int] = {}
+        self.num_retractions = 0
         self.must_retract = False  # one call, room or not, as with SGLANG_TEST_RETRACT
         self._in_flight: dict[Req, torch.Tensor] = {}  # see `_generate`
         self._prefilling: set[Req] = set()  # in the batch in flight
@@ -365,6 +366,7 @@ class Rig:
             self.must_retract = False
             self.swaps.settle()
             victim = self.running.pop()
+            self.num_retractions += 1
             self.swaps.retract(victim, self.running)
             num_tokens = len(self.running) * envs.SGLANG_RETRACT_DECODE_STEPS.get()
             evict_from_tree_cache(self.tree_cache, num_tokens)
@@ -441,7 +443,7 @@ class Chaos:
         assert not self._live, "calls are stuck"
         totals = self._rig.swaps.totals()
         assert totals["host_pool_used_bytes"] == 0
-        return {**self.events, **totals, "retractions": self._rig.swaps.num_retractions}
+        return {**self.events, **totals, "retractions": self._rig.num_retractions}
 
     def _step(self) -> None:
         for req in self._rig.step():

@@ -305,8 +305,6 @@ def _on_free_port(command: Sequence[str]) -> list[str]:
 
 def serve(namespace: argparse.Namespace, sglang_argv: Sequence[str], argv: Sequence[str]) -> int:
     """Run router and replicas until stopped; returns the exit status. Raises `ConfigError`."""
-    if namespace.replicas < 1:
-        raise ConfigError("--replicas", f"{namespace.replicas} is not allowed; it must be above 0")
     with tempfile.TemporaryDirectory(prefix="autellix-router-") as directory:
         config = RouterConfig(
             host=_value(sglang_argv, ("--host",)) or RouterConfig().host,

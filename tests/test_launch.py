@@ -103,6 +103,7 @@ def test_abbreviations_are_not_ours():
         (["--program-policy", "sjf"], "argument --program-policy: invalid choice: 'sjf'"),
         (["--program-quantum", "x"], "argument --program-quantum: invalid float value: 'x'"),
         (["--program-factor", "1"], "--program-factor: 1.0 is not allowed; it must be above 1"),
+        (["--replicas", "-1"], "--replicas: -1 is not allowed; it must be above 0"),
     ],
 )
 def test_errors_are_one_line_and_status_2(argv, expected, capsys, monkeypatch):

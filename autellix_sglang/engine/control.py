@@ -107,7 +107,7 @@ def totals(scheduler: ProgramScheduler) -> dict[str, Any]:
         "prefix_waits": scheduler.num_prefix_waits,
         "kv_loss_share": round(scheduler.kv_loss.value, 4),
         **scheduler.swaps.totals(),
-        "retracted_calls": scheduler.swaps.num_retractions,
+        "retracted_calls": scheduler.num_retractions,
         "orphaned_calls": scheduler.num_orphans,
         "histories": len(scheduler.history_index or ()),
     }

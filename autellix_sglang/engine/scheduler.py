@@ -75,6 +75,7 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         self.is_kv_blocked = False  # SGLang refused, for lack of KV, a call that the plan let in
         self.num_recomputed_tokens = 0
         self.num_prefix_waits = 0
+        self.num_retractions = 0
         self.num_orphans = 0
         self._adder: ProgramPrefillAdder | None = None  # of the pass at hand
         self._num_checked_events = -1
@@ -146,6 +147,7 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
 
     def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
         call = call_of(req)
+        self.num_retractions += is_retracted
         super()._add_request_to_queue(req, is_retracted=is_retracted)
         if not self.waiting_queue or self.waiting_queue[-1] is not req:
             return  # SGLang has refused it, and told the client

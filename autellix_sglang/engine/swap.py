@@ -125,7 +125,6 @@ class SwapManager:
         self._saved: dict[Req, _Saved] = {}
         self._prefetched: Req | None = None  # the last one
         self._num_chosen = 0
-        self.num_retractions = 0
         self.counters = SwapCounters()
         self.link: LinkCost | None = None  # measured on this rank; never read by a decision
         self.break_even_tokens: int | None = None
@@ -199,7 +198,6 @@ class SwapManager:
 
     def retract(self, victim: Req, staying: Sequence[Req]) -> None:
         """`release` one request because the KV pool is full."""
-        self.num_retractions += 1
         self.release([victim], staying)
 
     def _choose(self, req: Req, own_tokens: int) -> Fate:

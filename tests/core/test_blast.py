@@ -1,4 +1,4 @@
-"""A seeded random blast: 20,000 rounds of everything at once, with all invariants checked."""
+"""A seeded random blast: 25,000 rounds of everything at once, with all invariants checked."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def _a_call_is_retracted_beside_a_prefetch(seed: int) -> None:
     rig.waiting.append(req)
     rig.must_retract = True
     rig.step()
-    assert (rig.swaps.counters.prefetches, rig.swaps.num_retractions) == (1, 1)
+    assert (rig.swaps.counters.prefetches, rig.num_retractions) == (1, 1)
     _end_all(rig)
 
 

@@ -21,9 +21,7 @@ def test_outputs_equal_those_of_stock_sglang(capsys: pytest.CaptureFixture[str])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["identical"] and status == 0
     assert {(run["policy"], run["overlap"]) for run in result["runs"]} == {
-        (policy, overlap)
-        for policy in ("off", "mlfq", "plas", "atlas")
-        for overlap in (True, False)
+        (policy, overlap) for policy in ("off", *identity.POLICIES) for overlap in (True, False)
     }
     assert result["preemptions"] >= 50 and result["retractions"] >= 10
     assert result["swaps_out"] >= 50 and result["swaps_in"] >= 25
