@@ -472,15 +472,17 @@ class SimEngine:
         assert best is not None
         self._considered_at = self.table.clock
         self._may_leave_at = math.inf
-        least = self.planner.least_run(self, best, len(self._decoding))
+        num_running = len(self._decoding)
+        waits = (self.planner.patience(call, num_running) for call in self.table.queue)
+        to_wait = min((steps for steps in waits if steps > 0), default=math.inf)
+        least = self.planner.least_run(self, best, num_running)
         for request in self._decoding:
             call = request.call
             if call.level > best.level or self._is_clairvoyant:
                 self._settle(request.program)
                 missing = least(call) - (call.service - call.started_service)
-                if missing > 0:
-                    may_leave_at = self._num_decodes + missing
-                    self._may_leave_at = min(self._may_leave_at, may_leave_at)
+                missing = missing if missing > 0 else to_wait
+                self._may_leave_at = min(self._may_leave_at, self._num_decodes + missing)
         return [request.call for request in self._decoding]
 
     def demand(self, call: Call, ahead: Sequence[Call]) -> Demand:

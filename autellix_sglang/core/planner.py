@@ -72,7 +72,10 @@ class Planner:
     is in steps of own service since a call last started. Where a call would have to be computed
     again it is more: that holds up all running calls, so it first runs for as many steps as they
     would lose by it together. Otherwise, with KV short, calls would mostly undo each other's work.
-    For a promoted call, or with `min_run` 0, none of this counts.
+
+    Whoever is preempted resumes in a batch in which nobody decodes: a step of each running call.
+    So a call waits for as many steps as calls run, in which a slot may well come free, before
+    anybody is preempted for it. For a promoted call, or with `min_run` 0, none of this counts.
     """
 
     def __init__(self, table: ProgramTable, min_run: float, interval: float) -> None:
@@ -123,7 +126,13 @@ class Planner:
         least = self.least_run(engine, best, len(running))
         candidates = [c for c in worse if c.service - c.started_service >= least(c)]
         candidates.sort(key=standing)  # the last one goes first
-        return _select(table, engine, candidates)
+        return self._select(engine, candidates, len(running))
+
+    def patience(self, call: Call, num_running: int) -> float:
+        """Steps that a call still waits before anybody is preempted for it."""
+        if call.is_promoted or not self._min_run:
+            return 0.0
+        return max(0.0, num_running - (self._table.clock - call.waiting_since))
 
     def least_run(
         self, engine: EngineView, best: Call, num_running: int
@@ -133,31 +142,34 @@ class Planner:
             return lambda call: self._min_run
         return lambda call: max(self._min_run, num_running * engine.resume_steps(call))
 
-
-def _select(table: ProgramTable, engine: EngineView, candidates: list[Call]) -> tuple[Call, ...]:
-    """Walk the queue in order, admitting on paper, and take victims where nothing is left."""
-    slots, kv_tokens = engine.free_slots, engine.free_kv_tokens
-    prefill_tokens = engine.prefill_tokens
-    chosen: list[Call] = []
-    ahead: list[Call] = []
-    for call in table.queue:
-        if not candidates or candidates[-1].level <= call.level or prefill_tokens <= 0:
-            break
-        demand = engine.demand(call, ahead)
-        taken: list[Call] = []
-        slots_then, kv_then = slots, kv_tokens
-        while (slots_then < 1 or kv_then < demand.kv_tokens) and candidates:
-            if candidates[-1].level <= call.level:
+    def _select(
+        self, engine: EngineView, candidates: list[Call], num_running: int
+    ) -> tuple[Call, ...]:
+        """Walk the queue in order, admitting on paper, and take victims where nothing is left."""
+        slots, kv_tokens = engine.free_slots, engine.free_kv_tokens
+        prefill_tokens = engine.prefill_tokens
+        chosen: list[Call] = []
+        ahead: list[Call] = []
+        for call in self._table.queue:
+            if not candidates or candidates[-1].level <= call.level or prefill_tokens <= 0:
                 break
-            victim = candidates.pop()
-            taken.append(victim)
-            slots_then += 1
-            kv_then += engine.holding(victim)
-        if slots_then < 1 or kv_then < demand.kv_tokens:
-            break  # even all worse calls together do not make room: leave them alone
-        chosen += taken
-        slots = slots_then - 1
-        kv_tokens = kv_then - demand.kv_tokens
-        prefill_tokens -= demand.prefill_tokens
-        ahead.append(call)
-    return tuple(chosen)
+            demand = engine.demand(call, ahead)
+            taken: list[Call] = []
+            slots_then, kv_then = slots, kv_tokens
+            while (slots_then < 1 or kv_then < demand.kv_tokens) and candidates:
+                if candidates[-1].level <= call.level:
+                    break
+                victim = candidates.pop()
+                taken.append(victim)
+                slots_then += 1
+                kv_then += engine.holding(victim)
+            if slots_then < 1 or kv_then < demand.kv_tokens:
+                break  # even all worse calls together do not make room: leave them alone
+            if taken and self.patience(call, num_running) > 0:
+                break
+            chosen += taken
+            slots = slots_then - 1
+            kv_tokens = kv_then - demand.kv_tokens
+            prefill_tokens -= demand.prefill_tokens
+            ahead.append(call)
+        return tuple(chosen)

@@ -245,7 +245,34 @@ def test_call_that_is_costly_to_resume_runs_as_long_as_that_delays_the_batch(
     scene.resumptions["costly"] = 20
     for rid in ("v", "w"):
         scene.waiting(rid)
+    scene.table.advance(2)
     assert sorted(scene.victims()) == sorted(victims)
+
+
+@pytest.mark.parametrize("num_running", [1, 3, 9])
+def test_a_call_waits_a_step_for_each_call_that_runs(num_running: int) -> None:
+    """A preemption costs each of them a step, and in that time a slot may come free by itself."""
+    scene = Scene(min_run=8)
+    for i in range(num_running):
+        scene.running(f"r{i}", 50)
+    scene.waiting("w")
+    for _ in range(num_running):
+        assert scene.victims() == []
+        scene.table.advance(1)
+    assert scene.victims() == [f"r{num_running - 1}"]
+
+
+def test_nobody_waits_for_the_cost_of_a_preemption_when_promoted_or_without_min_run() -> None:
+    """Starvation ends at once, and `min_run` 0 switches this rule off, too."""
+    free, starving = Scene(min_run=0), Scene(min_run=8)
+    for scene in (free, starving):
+        for i in range(50):
+            scene.running(f"r{i}", 50)
+        scene.waiting("w", 15 if scene is starving else 0)
+    assert free.victims() == ["r49"]
+    assert starving.victims() == []
+    starving.table.advance(15)  # beta is 1
+    assert starving.victims() == ["r49"]
 
 
 def test_cost_of_resumption_spares_nobody_from_a_promoted_call_or_without_min_run() -> None:
