@@ -7,7 +7,8 @@ Servers are started with identical flags and kept alive; idle ones sleep. One se
 policies, switched between runs (`PATCH /program_config`); each of SGLang's own orders has its own:
 `off` (SGLang untouched: first come, first served), `lpm` and `hrrn`. The same programs are replayed
 under each policy in turn (A B C, A B C, ... with `--repeat`), with the prefix cache emptied before
-each run. Medians over repeats are reported, and ratios to the first policy.
+each run, and for a policy that learns (`gittins`) the server started anew. Medians over repeats are
+reported, and ratios to the first policy.
 
 Load: `--rate` sets programs per second; `--load L` sets it relative to what the engine can do. For
 that the server of policy `off` (else the first) is first kept saturated for a few seconds by a
@@ -36,6 +37,7 @@ from types import FrameType
 from typing import Any
 
 from autellix_sglang.config import ProgramConfig
+from autellix_sglang.core.policy import POLICIES
 from bench import report, stats, synthetic, trace
 from bench.common import (
     CpuMeter,
@@ -375,12 +377,19 @@ def make_arrivals(
 def run_all(
     endpoints: Mapping[str, Endpoint], mix: Mix, options: ServeOptions, rate: float
 ) -> dict[str, list[Run]]:
-    """Every repeat of every policy, alternating, so that a drift of the machine hits all alike."""
+    """Every repeat of every policy, alternating, so that a drift of the machine hits all alike.
+
+    A policy that learns has its server started anew before each run, unless it is not ours: else it
+    would know these very programs from the runs before.
+    """
     runs: dict[str, list[Run]] = {policy: [] for policy in endpoints}
     for repeat in range(options.repeat):
         arrivals = make_arrivals(mix.programs, options, rate, repeat)
         for policy, endpoint in endpoints.items():
             server = endpoint.server
+            if server and policy in POLICIES and POLICIES[policy].is_learned:
+                server.restart()
+                warm_up([endpoint.base_url], mix, options)
             meter = CpuMeter([os.getpid(), server.pid]) if server else None
             run = run_one(endpoint, mix, arrivals, options, repeat)
             if server and meter:

@@ -141,6 +141,12 @@ class Server:
             time.sleep(0.05)
         process.wait()
 
+    def restart(self) -> None:
+        """Stop, start and wait: a server that has seen nothing."""
+        self.stop()
+        self.start()
+        self.wait_ready()
+
     def __enter__(self) -> Server:
         try:
             self.start()

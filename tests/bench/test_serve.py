@@ -1,6 +1,7 @@
 """The command line of the live benchmark, and how it makes its result."""
 
 import json
+import os
 import shlex
 from contextlib import contextmanager
 
@@ -141,6 +142,29 @@ def test_policies_on_one_server_are_selected_before_each_of_their_runs():
     assert [change["policy"] for change in fake.config_changes] == ["mlfq", "plas"] * 2
     assert {policy: len(repeats) for policy, repeats in runs.items()} == {"mlfq": 2, "plas": 2}
     assert len({call.headers["x-program-id"] for call in fake.calls}) == 2 * 2 * 2
+
+
+def test_a_policy_that_learns_begins_each_run_with_nothing_learned():
+    """Its server is started anew, or it would know the programs from the runs before."""
+
+    class Started:
+        pid = os.getpid()
+        num_restarts = 0
+
+        def restart(self) -> None:
+            self.num_restarts += 1
+
+        def check_alive(self) -> None:
+            pass
+
+    mix = sample(synthetic.corpora("react", 2, 0), 2, 0, factor=0.05, max_calls=2)
+    options = serve.parse_options(["--policies", "off,plas,gittins", "--repeat", "2"])
+    fake, servers = FakeServer(), {policy: Started() for policy in options.policies}
+    with fake.listen_in_thread() as url:
+        endpoints = {p: Endpoint(p, url, servers[p], p != "off") for p in options.policies}
+        serve.run_all(endpoints, mix, options, rate=1000.0)
+
+    assert {p: s.num_restarts for p, s in servers.items()} == {"off": 0, "plas": 0, "gittins": 2}
 
 
 def test_a_missing_trace_ends_before_servers_are_started(monkeypatch, capsys):
