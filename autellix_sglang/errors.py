@@ -2,11 +2,12 @@
 
     AutellixError
     ├── ConfigError          a flag has a value that cannot work
-    │   └── UnsupportedModeError   an SGLang mode that program scheduling cannot honour
+    │   ├── UnsupportedModeError   an SGLang mode that program scheduling cannot honour
+    │   └── PortInUseError         another process has the port, maybe only for now
     ├── IdentityError        an id in a request is malformed            -> HTTP 400
     ├── UnknownProgramError  no such program for this tenant            -> HTTP 404
     ├── ActivationError      SGLang started without our scheduler in place
-    ├── ModelCacheError      the built-in model could not be written
+    ├── ModelCacheError      no place for the built-in model
     ├── SwapError            KV rows cannot be moved as asked; raised before anything is moved
     ├── KernelError          the swap kernel cannot be compiled, loaded or launched
     └── ControlError         the scheduler did not answer a control message -> HTTP 503
@@ -16,9 +17,13 @@ Errors are for the user's mistakes and the world's; our own bugs are assertions.
 
 from __future__ import annotations
 
+import os
+
 
 class AutellixError(Exception):
     """Base of all errors raised on purpose by this package."""
+
+    exit_status = 2  # of a command that it ends
 
 
 class ConfigError(AutellixError):
@@ -32,6 +37,12 @@ class ConfigError(AutellixError):
 
 class UnsupportedModeError(ConfigError):
     """An SGLang mode that program scheduling cannot honour; names the flag and why."""
+
+
+class PortInUseError(ConfigError):
+    """Another process has the port; by the time of the next try it may be free."""
+
+    exit_status = os.EX_TEMPFAIL
 
 
 class IdentityError(AutellixError, ValueError):
@@ -58,7 +69,7 @@ class ActivationError(AutellixError):
 
 
 class ModelCacheError(AutellixError):
-    """The built-in model could not be written to the cache directory."""
+    """There is no cache directory for the built-in model that only this user can write to."""
 
 
 class SwapError(AutellixError, ValueError):

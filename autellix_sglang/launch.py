@@ -20,13 +20,14 @@ from typing import Any, Final, NoReturn
 
 from autellix_sglang import __version__, platform
 from autellix_sglang.config import ENV_VAR, ProgramConfig, add_arguments, flag_of, from_arguments
-from autellix_sglang.engine.support import check_supported, check_version
-from autellix_sglang.errors import AutellixError, ConfigError
+from autellix_sglang.engine.support import check_installed, check_supported, check_version
+from autellix_sglang.errors import AutellixError, ConfigError, PortInUseError
 from autellix_sglang.patches import torchvision_ops
 from autellix_sglang.router.config import (
     WORKER_ENV_VAR,
     add_fleet_arguments,
     add_worker_arguments,
+    check_port_number,
     worker_from_arguments,
 )
 from autellix_sglang.router.config import flag_of as sglang_flag_of
@@ -40,7 +41,10 @@ torchvision_ops.install()  # in this process and, by re-import, in those it spaw
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until stopped; returns the exit status, 2 for anything wrong with the arguments."""
+    """Serve until stopped; returns the exit status.
+
+    That is 2 for anything wrong with the arguments, and 75 where only the port is taken.
+    """
     try:
         argv = _with_config_apart(sys.argv[1:] if argv is None else argv)
         namespace, sglang_argv = parse(argv)
@@ -53,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ[WORKER_ENV_VAR] = worker.to_json()
         return serve(from_arguments(namespace), sglang_argv)
     except AutellixError as error:
-        return _report(error)
+        _report(error)
+        return error.exit_status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
@@ -78,6 +83,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def serve(config: ProgramConfig, sglang_argv: list[str]) -> int:
     """Run SGLang with these settings until it stops."""
+    check_installed()
     # Read by the processes SGLang spawns; `off` also silences our plugin there.
     os.environ[ENV_VAR] = config.to_json()
     server_args = prepare(config, sglang_argv)
@@ -171,12 +177,15 @@ def _first_cpu_node(server_args: Any) -> int:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise `ConfigError` if the port is taken: SGLang would find out minutes later."""
+    """Raise `ConfigError` if it cannot be served on: SGLang would find out minutes later."""
+    check_port_number(port)
     try:
         socket.create_server((host, port), family=_family_of(host)).close()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise ConfigError("--port", f"{port} on {host} is in use") from error
+            raise PortInUseError("--port", f"{port} on {host} is in use") from error
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EACCES):
+            raise ConfigError("--port", f"{port} on {host}: {error.strerror}") from error
 
 
 def _family_of(host: str) -> socket.AddressFamily:
@@ -247,7 +256,11 @@ def _report(error: object) -> int:
 
 
 def _versions() -> str:
-    return f"autellix_sglang {__version__} (sglang {importlib.metadata.version('sglang')})"
+    try:
+        found = importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        found = "is not installed"
+    return f"autellix_sglang {__version__} (sglang {found})"
 
 
 def _print_sglang_help() -> int:

@@ -14,6 +14,8 @@ from autellix_sglang.errors import ConfigError
 from autellix_sglang.router.balance import POLICIES
 
 WORKER_ENV_VAR: Final = "AUTELLIX_SGLANG_WORKER"
+MAX_SETTING: Final = 10**12
+MAX_CREDIT_BYTES: Final = 2**30  # a socket's buffer is told them
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -60,8 +62,18 @@ class RouterConfig:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if is_number and not (value > 0 or (f.name in ("retries", "port") and value == 0)):
                 raise ConfigError(flag_of(f.name), f"{value!r} is not allowed; it must be above 0")
+            most = MAX_CREDIT_BYTES if f.name == "credit_bytes" else MAX_SETTING
+            if is_number and value > most:
+                raise ConfigError(flag_of(f.name), f"{value!r} is not allowed; at most {most:g}")
+        check_port_number(self.port)
         if self.timeout_s < 3 * self.heartbeat_s:
             raise ConfigError("--timeout-s", "must be at least three heartbeats")
+
+
+def check_port_number(port: int) -> None:
+    """Raise `ConfigError` for what is no TCP port; 0 lets the system choose one."""
+    if not 0 <= port <= 65_535:
+        raise ConfigError("--port", f"{port} is not allowed; it must be from 0 to 65535")
 
 
 def flag_of(name: str) -> str:

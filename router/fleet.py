@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ctypes
+import io
 import logging
 import os
 import random
@@ -31,15 +32,20 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_S: Final = 10.0
 DRAIN_S: Final = 1.0  # for the rest of its log, once it has ended
-STOP_S: Final = 15.0  # from SIGTERM to SIGKILL
+STOP_S: Final = 30.0  # from SIGTERM to SIGKILL: SGLang takes up to 20 s to free a GPU's memory
 FIRST_PAUSE_S: Final = 1.0  # before a replica is started again; doubles with every early death
 MAX_PAUSE_S: Final = 60.0
 EARLY_S: Final = 60.0  # a replica that lives longer has recovered
-USAGE_STATUS: Final = 2  # at the first start: wrong arguments, so starting again is no use
+USAGE_STATUS: Final = ConfigError.exit_status  # at the first start: starting again is no use
 PR_SET_PDEATHSIG: Final = 1
 PORTS: Final = (20_000, 30_000)  # of replicas and of our tests' servers
 TP_FLAGS: Final = ("--tp", "--tp-size", "--tensor-parallel-size")
 PP_FLAGS: Final = ("--pp", "--pp-size", "--pipeline-parallel-size")
+NOT_SHARED: Final = {
+    "--dist-init-addr": "all replicas would have it",
+    "--nccl-port": "all replicas would have it",
+    "--ssl-": "the router has no TLS: put a proxy that has in front of it",
+}
 
 
 class Replica:
@@ -100,7 +106,7 @@ class Replica:
 
     async def _copy_log(self, stream: asyncio.StreamReader, write: Callable[[str], None]) -> None:
         async for line in _lines(stream):
-            with suppress(OSError):  # nobody reads our log any more: the replica runs on
+            with suppress(OSError, ValueError):  # nobody can read our log: the replica runs on
                 write(f"[{self.name}] {line}")
 
     def terminate(self) -> None:
@@ -225,14 +231,22 @@ class Fleet:
 
 
 def replica_commands(
-    namespace: argparse.Namespace, sglang_argv: Sequence[str], argv: Sequence[str], endpoint: str
+    namespace: argparse.Namespace,
+    sglang_argv: Sequence[str],
+    argv: Sequence[str],
+    router: RouterConfig,
 ) -> list[list[str]]:
     """One command per replica: the user's own flags, then those that set it apart.
 
     `sglang_argv` are the flags that are not ours, `argv` all of them; the last of a repeated flag
     counts. Raises `ConfigError`.
     """
+    for arg in sglang_argv:
+        for flag, why in NOT_SHARED.items():
+            if arg.startswith(flag):
+                raise ConfigError(arg.partition("=")[0], f"not supported with --replicas: {why}")
     num_gpus = _number(sglang_argv, TP_FLAGS, 1) * _number(sglang_argv, PP_FLAGS, 1)
+    num_gpus *= _number(sglang_argv, ("--gpu-id-step",), 1)
     first_gpu = _number(sglang_argv, ("--base-gpu-id",), 0)
     shared = _without(argv, "--replicas", "--router-policy", "--port", "--host", "--base-gpu-id")
     return [
@@ -240,9 +254,9 @@ def replica_commands(
             sys.executable, "-m", "autellix_sglang.launch", *shared,
             "--host", "127.0.0.1", "--port", str(port),
             "--base-gpu-id", str(first_gpu + i * num_gpus),
-            "--router-endpoint", endpoint, "--worker-name", f"replica-{i}",
+            "--router-endpoint", router.endpoint, "--worker-name", f"replica-{i}",
         ]
-        for i, port in enumerate(free_ports(namespace.replicas))
+        for i, port in enumerate(free_ports(namespace.replicas, besides=router.port))
     ]  # fmt: skip
 
 
@@ -279,7 +293,7 @@ def _number(argv: Sequence[str], flags: Sequence[str], default: int) -> int:
     return int(value)
 
 
-def free_ports(count: int) -> list[int]:
+def free_ports(count: int, besides: int = 0) -> list[int]:
     """Ports of the loopback that were free a moment ago, all different.
 
     They are below those that systems give to outgoing connections: a server takes a minute to bind
@@ -290,6 +304,8 @@ def free_ports(count: int) -> list[int]:
         while len(ports) < count:
             port = random.randrange(*PORTS)
             with suppress(OSError):
+                if port == besides:
+                    continue
                 probes.enter_context(socket.create_server(("127.0.0.1", port)))
                 ports.append(port)
     return ports
@@ -313,7 +329,7 @@ def serve(namespace: argparse.Namespace, sglang_argv: Sequence[str], argv: Seque
             policy=namespace.router_policy,
             admin_key=_value(sglang_argv, ("--admin-api-key",)) or "",
         )
-        commands = replica_commands(namespace, sglang_argv, argv, config.endpoint)
+        commands = replica_commands(namespace, sglang_argv, argv, config)
         return _run(config, commands)
 
 
@@ -328,6 +344,8 @@ def _run(config: RouterConfig, commands: Sequence[Sequence[str]]) -> int:
         refused.append(True)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a replica's log may hold what ours cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
     replicas = [Replica(f"replica-{i}", c, environ) for i, c in enumerate(commands)]
     status = route(hub, Fleet(replicas, lambda: hub.num_ready, hub.expect_end, give_up))

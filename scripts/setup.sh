@@ -28,7 +28,7 @@ make_venv() {
     local python="${PYTHON:-python3}"
     check_python "$python"
     say "creating .venv with $("$python" --version)"
-    "$python" -m venv .venv ||
+    "$python" -m venv --clear .venv ||
         die "$python cannot make a virtual environment (on Debian: install python3-venv)"
 }
 
@@ -46,7 +46,7 @@ install_cpu() {
     pip install --no-deps "${WITHOUT_DEPS[@]}"
 }
 
-[ -x "$VENV_PYTHON" ] || make_venv
+"$VENV_PYTHON" -m pip --version >/dev/null 2>&1 || make_venv  # none, or one that was interrupted
 check_python "$VENV_PYTHON"
 if [ "$(cat "$STAMP" 2>/dev/null)" = "$(digest)" ]; then
     say "up to date"

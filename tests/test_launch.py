@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
+import os
 import socket
 from types import SimpleNamespace
 
@@ -254,7 +256,8 @@ def test_table_names_real_fields():
 def test_plugin_is_off_by_default():
     """Without our variables in the environment the plugin leaves SGLang alone."""
     assert plugin.config_from_environ({"PATH": "/bin"}) == ProgramConfig(policy="off")
-    assert plugin.config_from_environ({"AUTELLIX_PROGRAM_TTL": "5"}).policy == "off"
+    environ = {"AUTELLIX_PROGRAM_POLICY": "", "AUTELLIX_PROGRAM_TTL": "5"}
+    assert plugin.config_from_environ(environ).policy == "off"
 
 
 def test_plugin_short_form():
@@ -279,6 +282,7 @@ def test_launcher_settings_win_over_the_short_form():
     [
         ("AUTELLIX_PROGRAM_POLICY", "sjf"),
         ("AUTELLIX_PROGRAM_LEVELS", "many"),
+        ("AUTELLIX_PROGRAM_LEVELS", "99"),
         ("AUTELLIX_PROGRAM_LEVLES", "3"),
     ],
 )
@@ -291,7 +295,40 @@ def test_bad_environment_ends_the_process(name, value, monkeypatch, capsys):
         plugin.register()
     error = capsys.readouterr().err
     assert (stop.value.code, error.count("\n")) == (2, 1)
-    assert error.startswith("autellix_sglang: error: ")
+    assert error.startswith(f"autellix_sglang: error: {name}: ")
+
+
+def test_settings_without_a_policy_are_an_error():
+    """Who sets a quantum wants a policy; its misspelt name must not leave SGLang as it was."""
+    with pytest.raises(ConfigError, match=r"AUTELLIX_PROGRAM_POLICY: is not set, and .*QUANTUM is"):
+        plugin.config_from_environ({"AUTELLIX_PROGRAM_QUANTUM": "64"})
+
+
+def test_a_port_in_use_is_told_apart_from_wrong_arguments(monkeypatch, capsys):
+    """A fleet starts such a replica again, on another port."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(launch, "serve", lambda *_: launch.check_port("127.0.0.1", port))
+        assert launch.main([]) == os.EX_TEMPFAIL
+    assert f"--port: {port} on 127.0.0.1 is in use" in capsys.readouterr().err
+    for port in (-1, 65536):
+        with pytest.raises(ConfigError, match="--port"):
+            launch.check_port("127.0.0.1", port)
+
+
+def test_without_sglang_help_and_version_work_and_serving_says_what_is_missing(monkeypatch, capsys):
+    """The router's extra brings the command, and no engine."""
+
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert launch.main([]) == 2
+    assert "sglang is not installed" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        launch.main(["--version"])
+    assert stop.value.code == 0
+    assert "sglang is not installed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

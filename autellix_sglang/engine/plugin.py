@@ -68,10 +68,10 @@ def config_from_environ(environ: Mapping[str, str]) -> ProgramConfig:
     """The settings of this process: a launcher's, else the short form; raises `ConfigError`."""
     if environ.get(ENV_VAR):
         return ProgramConfig.from_env(environ)
-    if not environ.get(ENV_PREFIX + "POLICY"):
-        return ProgramConfig(policy=OFF)
     fields = {f.name: f for f in dataclasses.fields(ProgramConfig)}
     names = {key: key.removeprefix(ENV_PREFIX).lower() for key in environ if _is_short(key)}
+    if not names or environ.get(ENV_PREFIX + "POLICY") == "":
+        return ProgramConfig(policy=OFF)
     values: dict[str, Any] = {}
     for key, name in names.items():
         if name not in fields:
@@ -81,7 +81,13 @@ def config_from_environ(environ: Mapping[str, str]) -> ProgramConfig:
         except ValueError:
             wanted = type(fields[name].default).__name__
             raise ConfigError(key, f"{environ[key]!r} is not of type {wanted}") from None
-    return ProgramConfig(**values)
+    if "policy" not in values:
+        raise ConfigError(ENV_PREFIX + "POLICY", f"is not set, and {', '.join(names)} is")
+    try:
+        return ProgramConfig(**values)
+    except ConfigError as error:
+        name = error.field.removeprefix("--program-").replace("-", "_").upper()
+        raise ConfigError(ENV_PREFIX + name, error.reason) from None
 
 
 def with_host_memory(config: ProgramConfig, num_replicas: int = 1) -> ProgramConfig:

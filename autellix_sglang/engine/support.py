@@ -101,6 +101,16 @@ def check_supported(server_args: Any, environ: Mapping[str, str] = os.environ) -
     check(resolving_view(server_args), environ)
 
 
+def check_installed() -> None:
+    """Raise `ActivationError` where there is no SGLang, as with the router's extra alone."""
+    try:
+        metadata.version("sglang")
+    except metadata.PackageNotFoundError:
+        raise ActivationError(
+            "sglang is not installed: install this package with its extra gpu or cpu"
+        ) from None
+
+
 def check_version(installed: str | None = None) -> None:
     """Raise `ActivationError` unless SGLang is the version whose internals were verified."""
     installed = installed or metadata.version("sglang")

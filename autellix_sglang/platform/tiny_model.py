@@ -11,6 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from autellix_sglang.errors import ModelCacheError
+
 # Part of the directory's name: raise it with any change to what is written here.
 VERSION = 1
 SEED = 20250219
@@ -74,15 +76,20 @@ def ensure_tiny_model(directory: Path | None = None) -> Path:
 
 def cache_directory() -> Path:
     """`autellix_sglang` in the user's cache, or in the temporary directory if that is read-only."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "autellix_sglang"
     try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        cache = Path(home) / "autellix_sglang"
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):
             return cache
-    except OSError:
-        # Per user: a shared name in a world-writable directory could be someone else's.
+    except (OSError, RuntimeError):  # read-only, or no home at all
         fallback = Path(tempfile.gettempdir()) / f"autellix_sglang-{os.getuid()}"
         fallback.mkdir(mode=0o700, exist_ok=True)
+        found = fallback.stat()
+        if found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise ModelCacheError(
+                f"{fallback} is writable for others; set XDG_CACHE_HOME"
+            ) from None
         return fallback
 
 

@@ -17,6 +17,7 @@ pytest.importorskip("zmq")
 from autellix_sglang import launch
 from autellix_sglang.errors import ConfigError
 from autellix_sglang.router import fleet
+from autellix_sglang.router.config import RouterConfig
 from autellix_sglang.router.testing import output_of
 from tests.router.conftest import FAST, Rig
 
@@ -26,7 +27,7 @@ FAKE = [sys.executable, "-m", "autellix_sglang.router.testing", "--speed", "20"]
 def commands(*argv: str) -> list[list[str]]:
     """What `launch` would run for each replica, from the flags that set it apart on."""
     namespace, rest = launch.parse(argv)
-    made = fleet.replica_commands(namespace, rest, argv, "ipc:///x")
+    made = fleet.replica_commands(namespace, rest, argv, RouterConfig(endpoint="ipc:///x"))
     assert all(command[1:3] == ["-m", "autellix_sglang.launch"] for command in made)
     return [command[3:] for command in made]
 
@@ -51,6 +52,30 @@ def test_each_replica_gets_its_own_gpus_port_and_name():
     assert [command[9] for command in found] == ["4", "6", "8"]
     assert [command[-1] for command in found] == ["replica-0", "replica-1", "replica-2"]
     assert all(command[-4:-2] == ["--router-endpoint", "ipc:///x"] for command in found)
+
+
+def test_the_step_between_gpus_counts():
+    """With two ranks two GPUs apart the next replica begins four further on."""
+    found = commands("--replicas", "2", "--tp", "2", "--gpu-id-step", "2")
+    assert [command[command.index("--base-gpu-id") + 1] for command in found] == ["0", "4"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["--ssl-keyfile", "k"], ["--ssl-certfile=c"], ["--nccl-port", "1"], ["--dist-init-addr=a:1"]],
+)
+def test_what_replicas_cannot_share_is_refused(given):
+    """Behind a router in clear text TLS would be a promise that nobody keeps."""
+    with pytest.raises(ConfigError, match=f"{given[0].partition('=')[0]}: not supported"):
+        commands("--replicas", "2", *given)
+
+
+def test_no_replica_is_given_the_port_of_the_router(monkeypatch):
+    """The router binds its own only when the replicas have theirs."""
+    other, routers = fleet.free_ports(2)
+    drawn = iter([routers, other])
+    monkeypatch.setattr(fleet.random, "randrange", lambda *_: next(drawn))
+    assert fleet.free_ports(1, besides=routers) == [other]
 
 
 @pytest.mark.parametrize(
@@ -233,12 +258,21 @@ async def test_replica_is_watched_on_where_no_process_or_log_is_to_be_had(caplog
 
     def write(line):
         lines.append(line)
-        raise BrokenPipeError
+        if len(lines) % 2:
+            raise BrokenPipeError
+        line.encode("ascii")
 
     lines = []
-    text = "import time\nfor i in range(3): print(i, flush=True)\ntime.sleep(60)"
-    replica = await keep(script(text), lambda *_: len(lines) == 3, write)
+    text = "import time\nfor i in range(4): print('\u00fc', flush=True)\ntime.sleep(60)"
+    replica = await keep(script(text), lambda *_: len(lines) == 4, write)
     assert replica.num_starts == 1
+
+
+async def test_a_replica_whose_port_is_taken_is_started_again_on_another():
+    """Ports were free a moment before; a collision at the first start ends no fleet."""
+    ended = f"import sys; sys.exit({os.EX_TEMPFAIL})"
+    replica = await keep(script(ended), lambda r, given_up: given_up or r.num_starts >= 2)
+    assert replica.num_starts >= 2
 
 
 async def test_end_of_a_replica_is_noticed_while_its_child_holds_the_log():
