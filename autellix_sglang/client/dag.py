@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from autellix_sglang.identity import MAX_PARENTS
@@ -54,19 +54,41 @@ class Dag:
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One call from its issue to its completion; a failed call is just never completed."""
+    """One call from its issue to its completion; a failed call is just never completed.
+
+    Read its answer in a `with` block: an exception fails the call, and a reader that lets go of a
+    stream (which closes the generator it reads) has what it waited for.
+    """
 
     call_id: str
     thread_id: str
-    parents: Frontier
+    waited_for: Frontier = field(repr=False)
     thread: Thread = field(repr=False)
-    is_completed: bool = False
+    is_over: bool = False
+
+    @property
+    def parents(self) -> Frontier:
+        """What is told of `waited_for`: the latest, if they are too many."""
+        return self.waited_for[-MAX_PARENTS:]
 
     def complete(self) -> None:
-        """The answer has arrived; a second time changes nothing."""
-        if not self.is_completed:
-            self.is_completed = True
+        """The answer has arrived; once the call is over this changes nothing."""
+        if not self.is_over:
+            self.is_over = True
             self.thread.completed(self)
+
+    def fail(self) -> None:
+        """The answer will not arrive whole."""
+        self.is_over = True
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or kind is GeneratorExit:
+            self.complete()
+        else:
+            self.fail()
 
 
 class Thread:
@@ -163,19 +185,18 @@ class Thread:
         self._is_awaited = is_awaited
 
     def issue(self) -> Call:
-        """A new call of this thread, with its parents (the latest, if they are too many)."""
+        """A new call of this thread, with its parents."""
         with self.dag.lock:
             self._join_ended()
             self._register()
-            parents = self._frontier[-MAX_PARENTS:]
-            self._last = Call(self.dag.next_call_id(), self.name(), parents, self)
+            self._last = Call(self.dag.next_call_id(), self.name(), self._frontier, self)
             return self._last
 
     def completed(self, call: Call) -> None:
         with self.dag.lock:
-            self._advance(call.parents, (call.call_id,))
+            self._advance(call.waited_for, (call.call_id,))
 
-    def _advance(self, ancestors: Frontier, calls: Frontier) -> None:
+    def _advance(self, ancestors: Iterable[str], calls: Collection[str]) -> None:
         gone = {*ancestors, *calls}
         self._frontier = (*(c for c in self._frontier if c not in gone), *calls)
 
@@ -186,26 +207,34 @@ class Thread:
         # Up to the first: among the tasks of a wide `gather` each would look at all others.
         if any(fork is not self and not fork.is_ended for fork in parent._forks or ()):
             return False
-        return self._is_awaited() and (parent._last is None or parent._last.is_completed)
+        return self._is_awaited() and (parent._last is None or parent._last.is_over)
 
     def _join_ended(self, but_group: object | None = None) -> None:
-        if self._children:
-            ended = [child for child in self._children if child.is_ended]
-            for child in ended:
-                if but_group is None or child._group is not but_group:
-                    self._children.remove(child)
-                    self._join(child)
+        ended: list[Thread] = []
+        others: list[Thread] = []
+        for child in self._children:
+            is_due = but_group is None or child._group is not but_group
+            (ended if is_due and child.is_ended else others).append(child)
+        if ended:
+            self._children = others
+            self._join(*ended)
 
-    def _join(self, child: Thread) -> None:
-        child._join_ended()
-        if child.is_ended:
-            for orphan in child._children:  # they still run: this thread will join them
-                orphan._parent = self
-                self._children.append(orphan)
-            child._children = []
-        if child._frontier != child._fork:
-            self._advance(child._fork, child._frontier)
-            child._fork = child._frontier  # what is taken over now is an ancestor of what follows
+    def _join(self, *children: Thread) -> None:
+        forks: dict[int, Frontier] = {}  # by identity: those of one fan-out started from the same
+        calls: dict[str, None] = {}
+        for child in children:
+            child._join_ended()
+            if child.is_ended:
+                for orphan in child._children:  # they still run: this thread will join them
+                    orphan._parent = self
+                self._children += child._children
+                child._children = []
+            if child._frontier != child._fork:
+                forks[id(child._fork)] = child._fork
+                calls.update(dict.fromkeys(child._frontier))
+                child._fork = child._frontier  # taken over: an ancestor of what follows
+        if calls:
+            self._advance(itertools.chain(*forks.values()), calls)
 
     def _register(self) -> None:
         """Make the parent look out for this thread's end."""

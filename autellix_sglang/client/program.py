@@ -289,10 +289,12 @@ def fork_task(
     if here is None or kwargs.get("context") is not None:
         return create(coroutine, **kwargs)
     child = here.fork()
-    context = copy_context()
-    context.run(_current.set, child)
     parent = _running_task()
-    task = create(coroutine, **{**kwargs, "context": context})
+    token = _current.set(child)  # the task copies it; not every factory takes a context
+    try:
+        task = create(coroutine, **kwargs)
+    finally:
+        _current.reset(token)
     child.end_when(task.done)
     if parent is not None:
         child.continue_if(functools.partial(_waits_for, parent, task))

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from autellix_sglang.client import ThreadPool, carry, current_program, program, register
 from autellix_sglang.client.dag import Dag
 from autellix_sglang.client.program import registry
+from autellix_sglang.identity import MAX_PARENTS
 
 URL = "http://lineage.test/v1/completions"
 # How children of a node are run. Those in PARALLEL wait for all of them at the end.
@@ -298,6 +299,50 @@ def test_a_failed_call_is_nobodys_parent() -> None:
     first = completed(root)
     root.issue()
     assert root.issue().parents == (first,)
+
+
+def test_a_call_of_which_reading_failed_is_nobodys_parent() -> None:
+    """Closing the connection after an error completes no call; letting go of a stream does."""
+    root = Dag("d").root
+    failed, dropped = root.issue(), root.issue()
+    with pytest.raises(ConnectionError), failed:
+        raise ConnectionError
+    failed.complete()
+    with pytest.raises(GeneratorExit), dropped:
+        raise GeneratorExit
+    assert root.issue().parents == (dropped.call_id,)
+
+
+def test_after_more_parents_than_can_be_told() -> None:
+    """A call is told the latest of them, and the next one has that call as its only parent."""
+    root = Dag("d").root
+    for child in [root.fork() for _ in range(2 * MAX_PARENTS)]:
+        completed(child)
+        child.end()
+    joining = root.issue()
+    assert len(joining.parents) == MAX_PARENTS
+    joining.complete()
+    assert root.issue().parents == (joining.call_id,)
+
+
+def test_joining_a_wide_fan_out_takes_as_long_for_each() -> None:
+    """Two of thousands in a row, each of them joined by one call, whose caller holds a loop up."""
+
+    def seconds_each(width: int) -> float:
+        root = Dag("d").root
+        seconds = 0.0
+        for _ in range(2):
+            for child in [root.fork() for _ in range(width)]:
+                completed(child)
+                child.end()
+            started = time.perf_counter()
+            joined = root.frontier
+            seconds += time.perf_counter() - started
+            assert len(joined) == width
+        return seconds / width
+
+    few = min(seconds_each(100) for _ in range(5))
+    assert seconds_each(4000) < 10 * few
 
 
 def test_a_running_child_is_not_waited_for() -> None:
