@@ -166,9 +166,8 @@ class ProgramEndpoint(RuntimeEndpoint):  # type: ignore[misc]
             yield {}
             return
         call = s.thread.issue()
-        with suspended():  # `requests`, which streams use, would name a call of its own
+        with call, suspended():  # `requests`, which streams use, would name a call of its own
             yield ids_of(call)
-        call.complete()
 
 
 def _tagged(sampling_params: Any, ids: dict[str, Any]) -> Any:

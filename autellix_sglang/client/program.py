@@ -160,7 +160,6 @@ class _Run:
             raise RuntimeError("this run was entered before; program(...) makes another")
         self._program = Program(self._id or new_id(self._name))
         self._token = _current.set(self._program.root)
-        _follow_running_loop()
         self._program.start()
         return self._program
 
@@ -318,31 +317,6 @@ def _waits_for(parent: asyncio.Task[Any], task: asyncio.Task[Any]) -> bool:
     return waiter is task or task in getattr(waiter, "_children", ())
 
 
-def _follow_running_loop() -> None:
-    """See to it that the running loop forks threads; asyncio's own are patched as a class."""
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        return
-    if not isinstance(loop, asyncio.BaseEventLoop):
-        factory = loop.get_task_factory()
-        if not isinstance(factory, _ForkingFactory):
-            loop.set_task_factory(_ForkingFactory(factory))  # type: ignore[arg-type]
-
-
-class _ForkingFactory:
-    """A task factory around the one that the loop had."""
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-
-    def __call__(
-        self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T], **kwargs: Any
-    ) -> asyncio.Task[T]:
-        make = self._inner or (lambda loop, coro, **kw: asyncio.Task(coro, loop=loop, **kw))
-        return fork_task(functools.partial(make, loop), coroutine, kwargs)
-
-
 # -- calls ---------------------------------------------------------------------------------------
 
 
@@ -360,14 +334,15 @@ def issue_call(
     return thread.issue(), server
 
 
-def headers_of(call: Call) -> dict[str, str]:
-    """The identity headers of a call."""
-    return {
+def headers_of(call: Call, given: Mapping[str, Any]) -> dict[str, str]:
+    """The identity headers of a call, but for those that its caller has given."""
+    ours = {
         "x-program-id": program_of(call.thread).id,
         "x-thread-id": call.thread_id,
         "x-call-id": call.call_id,
         "x-parent-call-ids": ",".join(call.parents),  # empty: it has none, which is not "not told"
     }
+    return {name: value for name, value in ours.items() if name not in given}
 
 
 @atexit.register

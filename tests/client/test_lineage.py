@@ -257,12 +257,13 @@ def test_parents_in_os_threads_are_the_true_ones(node: Node, seed: int) -> None:
     lab.check(node, running.id)
 
 
+@pytest.mark.parametrize("where", ["inside", "around"])
 @settings(
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(node=nodes(True, 3), seed=st.integers(0, 2**32))
-def test_parents_on_uvloop(node: Node, seed: int) -> None:
-    """A loop that is not asyncio's own is followed from the start of the program."""
+def test_parents_on_uvloop(where: str, node: Node, seed: int) -> None:
+    """A loop that is not asyncio's own is followed, also where it runs inside of the program."""
     uvloop = pytest.importorskip("uvloop")
     lab = Lab(seed)
 
@@ -271,8 +272,17 @@ def test_parents_on_uvloop(node: Node, seed: int) -> None:
             await lab.run_async(node, "r")
         return running.id
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        lab.check(node, runner.run(main()))
+    if where == "inside":
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            program_id = runner.run(main())
+    else:
+        with (
+            program("random") as running,
+            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        ):
+            runner.run(lab.run_async(node, "r"))
+        program_id = running.id
+    lab.check(node, program_id)
 
 
 # -- the rules one by one ------------------------------------------------------------------------
