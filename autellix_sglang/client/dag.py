@@ -37,7 +37,7 @@ class Dag:
     """
 
     def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
+        self.prefix = prefix
         self._num_calls = itertools.count(1)
         self._num_threads = itertools.count()
         # Re-entrant, because a garbage-collected response completes its call wherever that happens.
@@ -46,7 +46,7 @@ class Dag:
         self.root.name()
 
     def next_call_id(self) -> str:
-        return f"{self._prefix}-{next(self._num_calls)}"
+        return f"{self.prefix}-{next(self._num_calls)}"
 
     def next_thread_id(self) -> str:
         return str(next(self._num_threads))

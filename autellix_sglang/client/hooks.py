@@ -46,7 +46,7 @@ def note_response(pending: Pending, status: int, headers: Mapping[str, str]) -> 
     call, server = pending
     if not 200 <= status < 300:
         return None
-    if server.is_ours is None:
+    if not server.is_ours:
         server.note_answer("x-program-id" in headers, "its answer names no program")
     return call
 

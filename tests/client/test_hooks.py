@@ -355,6 +355,18 @@ for name in present:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_star_import_brings_no_engine() -> None:
+    """Neither where SGLang is installed, nor where it is not."""
+    script = """
+import sys
+sys.modules["sglang"] = None
+from autellix_sglang.client import *
+register("http://ours.test")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_library_that_has_changed_still_works() -> None:
     """A release without the place that we hook is left alone, and that is said."""
     script = """
