@@ -115,7 +115,8 @@ class Thread:
         self._group = group
         self._frontier: Frontier = () if parent is None else parent._frontier
         self._fork = self._frontier
-        self._children: list[Thread] = []  # those that have called and were not joined yet
+        # Those that have called and were not joined yet, by group: of its own a fork looks at none.
+        self._children: dict[object, list[Thread]] = {}
         self._forks: weakref.WeakSet[Thread] | None = None  # all children, also silent ones
         self._last: Call | None = None
         self._is_awaited: Callable[[], bool] | None = None
@@ -202,7 +203,8 @@ class Thread:
 
     def _continues(self, parent: Thread) -> bool:
         """Whether its calls carry on the parent's chain, alone and with nothing of it in flight."""
-        if self._is_awaited is None or any(child is not self for child in parent._children):
+        siblings = itertools.chain(*parent._children.values())
+        if self._is_awaited is None or any(child is not self for child in siblings):
             return False
         # Up to the first: among the tasks of a wide `gather` each would look at all others.
         if any(fork is not self and not fork.is_ended for fork in parent._forks or ()):
@@ -211,12 +213,13 @@ class Thread:
 
     def _join_ended(self, but_group: object | None = None) -> None:
         ended: list[Thread] = []
-        others: list[Thread] = []
-        for child in self._children:
-            is_due = but_group is None or child._group is not but_group
-            (ended if is_due and child.is_ended else others).append(child)
+        for group in [g for g in self._children if g is None or g is not but_group]:
+            running: list[Thread] = []
+            for child in self._children.pop(group):
+                (ended if child.is_ended else running).append(child)
+            if running:
+                self._children[group] = running
         if ended:
-            self._children = others
             self._join(*ended)
 
     def _join(self, *children: Thread) -> None:
@@ -225,10 +228,9 @@ class Thread:
         for child in children:
             child._join_ended()
             if child.is_ended:
-                for orphan in child._children:  # they still run: this thread will join them
-                    orphan._parent = self
-                self._children += child._children
-                child._children = []
+                for orphan in itertools.chain(*child._children.values()):  # they still run
+                    self._adopt(orphan)
+                child._children = {}
             if child._frontier != child._fork:
                 forks[id(child._fork)] = child._fork
                 calls.update(dict.fromkeys(child._frontier))
@@ -241,10 +243,15 @@ class Thread:
         if self._is_registered:
             return
         self._is_registered = True
-        self._parent = parent = self._living_parent()
+        parent = self._living_parent()
         assert parent is not None, "only the root has no parent, and it is registered"
-        parent._children.append(self)
+        parent._adopt(self)
         parent._register()
+
+    def _adopt(self, child: Thread) -> None:
+        """Look out for its end from now on, to join it."""
+        child._parent = self
+        self._children.setdefault(child._group, []).append(child)
 
     def _living_parent(self) -> Thread | None:
         """The nearest ancestor that still runs; the root never ends before its program."""

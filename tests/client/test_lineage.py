@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import random
 import sys
@@ -335,6 +336,15 @@ def test_after_more_parents_than_can_be_told() -> None:
     assert root.issue().parents == (joining.call_id,)
 
 
+@pytest.fixture
+def no_gc() -> Iterator[None]:
+    """Times are not those of the garbage collector, which visits all that other tests left."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_gc")
 def test_joining_a_wide_fan_out_takes_as_long_for_each() -> None:
     """Two of thousands in a row, each of them joined by one call, whose caller holds a loop up."""
 
@@ -353,6 +363,23 @@ def test_joining_a_wide_fan_out_takes_as_long_for_each() -> None:
 
     few = min(seconds_each(100) for _ in range(5))
     assert seconds_each(4000) < 10 * few
+
+
+@pytest.mark.usefixtures("no_gc")
+def test_submitting_to_a_pool_takes_as_long_for_each() -> None:
+    """Jobs that nobody has asked about yet do not slow down the next ones."""
+
+    def seconds_each(num_jobs: int) -> float:
+        root, pool = Dag("d").root, object()
+        started = time.perf_counter()
+        for _ in range(num_jobs):
+            child = root.fork(group=pool)
+            completed(child)
+            child.end()
+        return (time.perf_counter() - started) / num_jobs
+
+    few = min(seconds_each(100) for _ in range(5))
+    assert seconds_each(5000) < 10 * few
 
 
 def test_a_running_child_is_not_waited_for() -> None:
@@ -427,4 +454,4 @@ def test_threads_that_never_call_leave_no_trace() -> None:
     child = dag.root.fork()
     completed(child)
     assert child.thread_id == "1"
-    assert dag.root._children == [child]
+    assert dag.root._children == {None: [child]}
