@@ -243,7 +243,7 @@ async def test_an_aiohttp_middleware_sends_again(registered: Recorder) -> None:
     registered.status["/generate"] = 503
 
     async def twice(request: Any, send: Any) -> Any:
-        await send(request)
+        (await send(request)).release()
         registered.status.clear()
         return await send(request)
 
