@@ -7,7 +7,7 @@ The program's id is the first of these that the request has:
 
     1. header x-program-id
     2. body   custom_params.program_id
-    3. the headers agents send already, in the order of `AGENT_HEADERS`
+    3. the headers agents send already, in the order of `AGENT_HEADERS`: the first with a valid id
     4. body   session_id
 
 and without any of them the call is a program of its own, named after its request id. For the other
@@ -32,6 +32,7 @@ slash, so whatever a client sends, it stays within its own key's tenants.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -93,13 +94,9 @@ class HeaderIdentity:
         """
         found = _known_headers(headers)
         parents = found.get(PARENTS_HEADER)
-        agent = next((name for name in AGENT_HEADERS if name in found), None)
         return cls(
             program_id=_optional_id(PROGRAM_HEADER, found),
-            # A foreign header that has no say is not held to our rules.
-            agent_program_id=(
-                _optional_id(agent, found) if agent and PROGRAM_HEADER not in found else None
-            ),
+            agent_program_id=_agent_id(found),
             thread_id=_optional_id(THREAD_HEADER, found),
             call_id=_optional_id(CALL_HEADER, found),
             parent_call_ids=None if parents is None else parse_ids(PARENTS_HEADER, parents),
@@ -279,6 +276,15 @@ def parse_flag(field: str, value: object) -> bool:
 
 def _optional_id(field: str, found: Mapping[str, Any]) -> str | None:
     return parse_id(field, found[field]) if field in found else None
+
+
+def _agent_id(found: Mapping[str, str]) -> str | None:
+    """What an agent's own headers say; they need not know our rules, so by them they are silent."""
+    for name in AGENT_HEADERS:
+        with suppress(IdentityError):
+            if name in found:
+                return parse_id(name, found[name])
+    return None
 
 
 def _first(*values: Any) -> Any:

@@ -135,7 +135,7 @@ def test_headers_win_over_body_fields():
 )
 @pytest.mark.parametrize(
     "header",
-    ["x-program-id", "x-thread-id", "x-call-id", "x-tenant-id", "x-agent-name", *AGENT_HEADERS],
+    ["x-program-id", "x-thread-id", "x-call-id", "x-tenant-id", "x-agent-name"],
 )
 def test_malformed_header_is_named(header, value, reason):
     """A malformed id in a header is an error that names the header and the reason."""
@@ -175,9 +175,13 @@ def test_session_id_is_checked_only_where_it_names_the_program():
         resolve({}, {}, "")
 
 
-def test_foreign_header_is_not_checked_when_it_has_no_say():
-    """A header of another agent cannot fail a request that names its program to us."""
-    assert resolve({"x-program-id": "P", "session_id": ""}).program_id == "P"
+@pytest.mark.parametrize("value", ["", "x" * 257, "a\tb"])
+@pytest.mark.parametrize("header", AGENT_HEADERS)
+def test_foreign_header_without_an_id_is_silent(header, value):
+    """A header of another agent cannot fail a request, and hides no other that has an id."""
+    assert resolve({header: value}).anonymous
+    assert resolve({"x-program-id": "P", header: value}).program_id == "P"
+    assert resolve({**dict.fromkeys(AGENT_HEADERS, "A"), header: value}).program_id == "A"
 
 
 @pytest.mark.parametrize(

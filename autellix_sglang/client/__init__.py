@@ -33,11 +33,10 @@ from autellix_sglang.client.program import sessions as _sessions
 from autellix_sglang.client.servers import Server, urls_from_env
 
 if TYPE_CHECKING:
-    from autellix_sglang.client.frontend import ProgramEndpoint
+    from autellix_sglang.client.frontend import ProgramEndpoint as ProgramEndpoint
 
-__all__ = [
+__all__ = [  # not ProgramEndpoint: `import *` would import the engine
     "Program",
-    "ProgramEndpoint",
     "ThreadPool",
     "carry",
     "current_program",

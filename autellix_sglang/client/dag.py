@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from autellix_sglang.identity import MAX_PARENTS
@@ -37,7 +37,7 @@ class Dag:
     """
 
     def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
+        self.prefix = prefix
         self._num_calls = itertools.count(1)
         self._num_threads = itertools.count()
         # Re-entrant, because a garbage-collected response completes its call wherever that happens.
@@ -46,7 +46,7 @@ class Dag:
         self.root.name()
 
     def next_call_id(self) -> str:
-        return f"{self._prefix}-{next(self._num_calls)}"
+        return f"{self.prefix}-{next(self._num_calls)}"
 
     def next_thread_id(self) -> str:
         return str(next(self._num_threads))
@@ -54,19 +54,41 @@ class Dag:
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One call from its issue to its completion; a failed call is just never completed."""
+    """One call from its issue to its completion; a failed call is just never completed.
+
+    Read its answer in a `with` block: an exception fails the call, and a reader that lets go of a
+    stream (which closes the generator it reads) has what it waited for.
+    """
 
     call_id: str
     thread_id: str
-    parents: Frontier
+    waited_for: Frontier = field(repr=False)
     thread: Thread = field(repr=False)
-    is_completed: bool = False
+    is_over: bool = False
+
+    @property
+    def parents(self) -> Frontier:
+        """What is told of `waited_for`: the latest, if they are too many."""
+        return self.waited_for[-MAX_PARENTS:]
 
     def complete(self) -> None:
-        """The answer has arrived; a second time changes nothing."""
-        if not self.is_completed:
-            self.is_completed = True
+        """The answer has arrived; once the call is over this changes nothing."""
+        if not self.is_over:
+            self.is_over = True
             self.thread.completed(self)
+
+    def fail(self) -> None:
+        """The answer will not arrive whole."""
+        self.is_over = True
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or kind is GeneratorExit:
+            self.complete()
+        else:
+            self.fail()
 
 
 class Thread:
@@ -93,7 +115,8 @@ class Thread:
         self._group = group
         self._frontier: Frontier = () if parent is None else parent._frontier
         self._fork = self._frontier
-        self._children: list[Thread] = []  # those that have called and were not joined yet
+        # Those that have called and were not joined yet, by group: of its own a fork looks at none.
+        self._children: dict[object, list[Thread]] = {}
         self._forks: weakref.WeakSet[Thread] | None = None  # all children, also silent ones
         self._last: Call | None = None
         self._is_awaited: Callable[[], bool] | None = None
@@ -163,59 +186,72 @@ class Thread:
         self._is_awaited = is_awaited
 
     def issue(self) -> Call:
-        """A new call of this thread, with its parents (the latest, if they are too many)."""
+        """A new call of this thread, with its parents."""
         with self.dag.lock:
             self._join_ended()
             self._register()
-            parents = self._frontier[-MAX_PARENTS:]
-            self._last = Call(self.dag.next_call_id(), self.name(), parents, self)
+            self._last = Call(self.dag.next_call_id(), self.name(), self._frontier, self)
             return self._last
 
     def completed(self, call: Call) -> None:
         with self.dag.lock:
-            self._advance(call.parents, (call.call_id,))
+            self._advance(call.waited_for, (call.call_id,))
 
-    def _advance(self, ancestors: Frontier, calls: Frontier) -> None:
+    def _advance(self, ancestors: Iterable[str], calls: Collection[str]) -> None:
         gone = {*ancestors, *calls}
         self._frontier = (*(c for c in self._frontier if c not in gone), *calls)
 
     def _continues(self, parent: Thread) -> bool:
         """Whether its calls carry on the parent's chain, alone and with nothing of it in flight."""
-        if self._is_awaited is None or any(child is not self for child in parent._children):
+        siblings = itertools.chain(*parent._children.values())
+        if self._is_awaited is None or any(child is not self for child in siblings):
             return False
         # Up to the first: among the tasks of a wide `gather` each would look at all others.
         if any(fork is not self and not fork.is_ended for fork in parent._forks or ()):
             return False
-        return self._is_awaited() and (parent._last is None or parent._last.is_completed)
+        return self._is_awaited() and (parent._last is None or parent._last.is_over)
 
     def _join_ended(self, but_group: object | None = None) -> None:
-        if self._children:
-            ended = [child for child in self._children if child.is_ended]
-            for child in ended:
-                if but_group is None or child._group is not but_group:
-                    self._children.remove(child)
-                    self._join(child)
+        ended: list[Thread] = []
+        for group in [g for g in self._children if g is None or g is not but_group]:
+            running: list[Thread] = []
+            for child in self._children.pop(group):
+                (ended if child.is_ended else running).append(child)
+            if running:
+                self._children[group] = running
+        if ended:
+            self._join(*ended)
 
-    def _join(self, child: Thread) -> None:
-        child._join_ended()
-        if child.is_ended:
-            for orphan in child._children:  # they still run: this thread will join them
-                orphan._parent = self
-                self._children.append(orphan)
-            child._children = []
-        if child._frontier != child._fork:
-            self._advance(child._fork, child._frontier)
-            child._fork = child._frontier  # what is taken over now is an ancestor of what follows
+    def _join(self, *children: Thread) -> None:
+        forks: dict[int, Frontier] = {}  # by identity: those of one fan-out started from the same
+        calls: dict[str, None] = {}
+        for child in children:
+            child._join_ended()
+            if child.is_ended:
+                for orphan in itertools.chain(*child._children.values()):  # they still run
+                    self._adopt(orphan)
+                child._children = {}
+            if child._frontier != child._fork:
+                forks[id(child._fork)] = child._fork
+                calls.update(dict.fromkeys(child._frontier))
+                child._fork = child._frontier  # taken over: an ancestor of what follows
+        if calls:
+            self._advance(itertools.chain(*forks.values()), calls)
 
     def _register(self) -> None:
         """Make the parent look out for this thread's end."""
         if self._is_registered:
             return
         self._is_registered = True
-        self._parent = parent = self._living_parent()
+        parent = self._living_parent()
         assert parent is not None, "only the root has no parent, and it is registered"
-        parent._children.append(self)
+        parent._adopt(self)
         parent._register()
+
+    def _adopt(self, child: Thread) -> None:
+        """Look out for its end from now on, to join it."""
+        child._parent = self
+        self._children.setdefault(child._group, []).append(child)
 
     def _living_parent(self) -> Thread | None:
         """The nearest ancestor that still runs; the root never ends before its program."""

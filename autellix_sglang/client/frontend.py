@@ -162,13 +162,13 @@ class ProgramEndpoint(RuntimeEndpoint):  # type: ignore[misc]
     @contextmanager
     def _call(self, s: Any) -> Iterator[dict[str, Any]]:
         """A call of the executor's thread, complete at the end of the block unless it raises."""
-        if not isinstance(s, ProgramExecutor) or s.thread is None or self.server.is_ours is False:
+        thread = s.thread if isinstance(s, ProgramExecutor) else None
+        if thread is None or program_of(thread).is_ended or self.server.is_refusing:
             yield {}
             return
-        call = s.thread.issue()
-        with suspended():  # `requests`, which streams use, would name a call of its own
+        call = thread.issue()
+        with call, suspended():  # `requests`, which streams use, would name a call of its own
             yield ids_of(call)
-        call.complete()
 
 
 def _tagged(sampling_params: Any, ids: dict[str, Any]) -> Any:

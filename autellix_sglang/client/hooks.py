@@ -2,11 +2,14 @@
 
 | library | hook | call is complete when |
 |---|---|---|
-| httpx, httpx2 (so openai, anthropic) | `Client._send_single_request` | its stream is closed |
-| requests | `HTTPAdapter.send` | its body is read or closed |
-| aiohttp | `ClientRequest.send`, `ClientResponse.start` | its connection is released |
-| asyncio | `BaseEventLoop.create_task` | (forks a thread per task) |
+| httpx, httpx2 (openai, anthropic) | `Client._send_single_request` | its stream is read or closed |
+| requests | `HTTPAdapter.send`, `Response.iter_content`, `close` | its body is read or closed |
+| aiohttp | `ClientRequest.send`, `ClientResponse.start`, `read` | its connection is released |
+| asyncio, uvloop | `create_task` of their loops | (forks a thread per task) |
 | langchain | `ContextThreadPoolExecutor` | (forks a thread per job) |
+
+Reading that raises an error completes no call, whatever is closed after it. A reader that lets go
+of a stream midway has what it waited for.
 
 Below all of them redirects are separate requests, so each is looked up for itself; our headers are
 on the request only while it is sent, so that a redirect to another host has nothing to copy.
@@ -18,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -43,7 +46,7 @@ def note_response(pending: Pending, status: int, headers: Mapping[str, str]) -> 
     call, server = pending
     if not 200 <= status < 300:
         return None
-    if server.is_ours is None:
+    if not server.is_ours:
         server.note_answer("x-program-id" in headers, "its answer names no program")
     return call
 
@@ -61,14 +64,15 @@ def hook_httpx(httpx: ModuleType) -> None:
 
 
 def _watched_streams(httpx: ModuleType) -> tuple[type, type]:
-    """Response streams that complete a call when they are closed, which reading to the end does."""
+    """Response streams that complete a call when they are read or closed."""
 
     class WatchedStream(httpx.SyncByteStream):  # type: ignore[name-defined, misc]
         def __init__(self, inner: Any, call: Call) -> None:
             self._inner, self._call = inner, call
 
         def __iter__(self) -> Iterator[bytes]:
-            return iter(self._inner)
+            with self._call:
+                yield from self._inner
 
         def close(self) -> None:
             self._inner.close()
@@ -78,8 +82,10 @@ def _watched_streams(httpx: ModuleType) -> tuple[type, type]:
         def __init__(self, inner: Any, call: Call) -> None:
             self._inner, self._call = inner, call
 
-        def __aiter__(self) -> Any:
-            return aiter(self._inner)
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            with self._call:
+                async for part in self._inner:
+                    yield part
 
         async def aclose(self) -> None:
             await self._inner.aclose()
@@ -97,7 +103,7 @@ def _issue_httpx(request: Any) -> Pending | None:
 
 def _with_ids(headers: Any, call: Call) -> Any:
     """A copy of httpx headers with ours; a new object is many times cheaper than updating one."""
-    ours = ((name.encode(), value.encode()) for name, value in headers_of(call).items())
+    ours = ((name.encode(), value.encode()) for name, value in headers_of(call, headers).items())
     return type(headers)([*headers.raw, *ours])
 
 
@@ -112,14 +118,14 @@ def _watched(response: Any, pending: Pending, stream: type) -> Any:
 
 def _httpx_send(original: Callable[..., Any], stream: type) -> Callable[..., Any]:
     @functools.wraps(original)
-    def send(self: Any, request: Any) -> Any:
+    def send(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         pending = _issue_httpx(request)
         if pending is None:
-            return original(self, request)
+            return original(self, request, *args, **kwargs)
         headers = request.headers
         request.headers = _with_ids(headers, pending[0])
         try:
-            response = original(self, request)
+            response = original(self, request, *args, **kwargs)
         finally:
             request.headers = headers
         return _watched(response, pending, stream)
@@ -129,14 +135,14 @@ def _httpx_send(original: Callable[..., Any], stream: type) -> Callable[..., Any
 
 def _httpx_send_async(original: Callable[..., Any], stream: type) -> Callable[..., Any]:
     @functools.wraps(original)
-    async def send(self: Any, request: Any) -> Any:
+    async def send(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         pending = _issue_httpx(request)
         if pending is None:
-            return await original(self, request)
+            return await original(self, request, *args, **kwargs)
         headers = request.headers
         request.headers = _with_ids(headers, pending[0])
         try:
-            response = await original(self, request)
+            response = await original(self, request, *args, **kwargs)
         finally:
             request.headers = headers
         return _watched(response, pending, stream)
@@ -148,102 +154,144 @@ def _httpx_send_async(original: Callable[..., Any], stream: type) -> Callable[..
 
 
 def hook_requests(requests: ModuleType) -> None:
-    adapter = requests.adapters.HTTPAdapter
+    adapter, response = requests.adapters.HTTPAdapter, requests.Response
     adapter.send = _requests_send(adapter.send, requests.compat.urlsplit)
+    response.iter_content = _requests_iter_content(response.iter_content)
+    response.close = _requests_close(response.close)
 
 
 def _requests_send(original: Callable[..., Any], urlsplit: Any) -> Callable[..., Any]:
     @functools.wraps(original)
-    def send(self: Any, request: Any, stream: bool = False, *args: Any, **kwargs: Any) -> Any:
+    def send(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         pending = None
         if current_thread() is not None and request.method == "POST":
             url = urlsplit(request.url)
             pending = issue_call(url.scheme, url.hostname, url.port, url.path, request.headers)
         if pending is None:
-            return original(self, request, stream, *args, **kwargs)
+            return original(self, request, *args, **kwargs)
         headers = request.headers
         request.headers = headers.copy()
-        request.headers.update(headers_of(pending[0]))
+        request.headers.update(headers_of(pending[0], headers))
         try:
-            response = original(self, request, stream, *args, **kwargs)
+            response = original(self, request, *args, **kwargs)
         finally:
             request.headers = headers
-        call = note_response(pending, response.status_code, response.headers)
-        if call is not None and stream:
-            _complete_when_read(response, call)
-        elif call is not None:
-            call.complete()  # the session reads the body before anybody sees the response
+        response._autellix_call = note_response(pending, response.status_code, response.headers)
         return response
 
     return send
 
 
-def _complete_when_read(response: Any, call: Call) -> None:
-    iter_content, close = response.iter_content, response.close
+def _requests_iter_content(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What everything else of a response reads its body with."""
 
-    def watched_iter_content(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        yield from iter_content(*args, **kwargs)
-        call.complete()
+    @functools.wraps(original)
+    def iter_content(self: Any, *args: Any, **kwargs: Any) -> Any:
+        body = original(self, *args, **kwargs)
+        call = getattr(self, "_autellix_call", None)
+        return body if call is None else _read(body, call)
 
-    def watched_close() -> None:
-        close()
-        call.complete()
+    return iter_content
 
-    response.iter_content, response.close = watched_iter_content, watched_close
+
+def _read(body: Any, call: Call) -> Iterator[Any]:
+    with call:
+        yield from body
+
+
+def _requests_close(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def close(self: Any) -> None:
+        original(self)
+        call = getattr(self, "_autellix_call", None)
+        if call is not None:
+            call.complete()
+
+    return close
 
 
 # -- aiohttp -------------------------------------------------------------------------------------
 
 
 def hook_aiohttp(aiohttp: ModuleType) -> None:
-    aiohttp.ClientRequest.send = _aiohttp_send(aiohttp.ClientRequest.send)
-    aiohttp.ClientResponse.start = _aiohttp_start(aiohttp.ClientResponse.start)
+    request, response = aiohttp.ClientRequest, aiohttp.ClientResponse
+    request.send = _aiohttp_send(request.send)
+    response.start = _aiohttp_start(response.start, aiohttp.ClientConnectionError)
+    response.read = _aiohttp_read(response.read)
 
 
 def _aiohttp_send(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    async def send(self: Any, connection: Any) -> Any:
+    async def send(self: Any, *args: Any, **kwargs: Any) -> Any:
         pending = None
         if current_thread() is not None and self.method == "POST":
             url = self.url
             pending = issue_call(url.scheme, url.host, url.port, url.path, self.headers)
         if pending is None:
-            return await original(self, connection)
-        self.headers.update(headers_of(pending[0]))  # this request is sent once, then discarded
-        response = await original(self, connection)
+            return await original(self, *args, **kwargs)
+        ours = headers_of(pending[0], self.headers)
+        self.headers.update(ours)
+        try:
+            response = await original(self, *args, **kwargs)
+        finally:
+            for name in ours:  # a middleware may send the same request again
+                del self.headers[name]
         response._autellix_pending = pending
         return response
 
     return send
 
 
-def _aiohttp_start(original: Callable[..., Any]) -> Callable[..., Any]:
+def _aiohttp_start(original: Callable[..., Any], closed: type) -> Callable[..., Any]:
+    """`closed` is the error that aiohttp leaves in a body which its reader has let go of."""
+
     @functools.wraps(original)
-    async def start(self: Any, connection: Any) -> Any:
-        await original(self, connection)
+    async def start(self: Any, *args: Any, **kwargs: Any) -> Any:
+        await original(self, *args, **kwargs)
         pending = getattr(self, "_autellix_pending", None)
         call = pending and note_response(pending, self.status, self.headers)
+
+        def released() -> None:
+            error = self.content.exception()
+            if self._autellix_call is not None and (error is None or type(error) is closed):
+                self._autellix_call.complete()
+
         if call is not None:
+            self._autellix_call = call
             if self.connection is None:  # the whole body came with the headers
-                call.complete()
+                released()
             else:
-                self.connection.add_callback(call.complete)
+                self.connection.add_callback(released)
         return self
 
     return start
 
 
-# -- asyncio -------------------------------------------------------------------------------------
+def _aiohttp_read(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    async def read(self: Any) -> Any:
+        call = getattr(self, "_autellix_call", None)
+        if call is None:
+            return await original(self)
+        self._autellix_call = None  # released on success and failure alike: only we know which
+        with call:
+            return await original(self)
+
+    return read
 
 
-def hook_asyncio() -> None:
-    original = asyncio.BaseEventLoop.create_task
+# -- event loops ---------------------------------------------------------------------------------
+
+
+def hook_loop(loop: Any) -> None:
+    """Hook a class of event loops."""
+    original = loop.create_task
 
     @functools.wraps(original)
     def create_task(self: Any, coro: Any, **kwargs: Any) -> Any:
         return fork_task(functools.partial(original, self), coro, kwargs)
 
-    asyncio.BaseEventLoop.create_task = create_task  # type: ignore[method-assign]
+    loop.create_task = create_task
 
 
 # -- langchain -----------------------------------------------------------------------------------
@@ -279,6 +327,7 @@ HOOKS: Final[Mapping[str, Callable[[ModuleType], None]]] = {
     "httpx2": hook_httpx,
     "requests": hook_requests,
     "aiohttp": hook_aiohttp,
+    "uvloop": lambda uvloop: hook_loop(uvloop.Loop),
     "langchain_core.runnables.config": hook_langchain,
 }
 _hooked: set[str] = set()
@@ -288,7 +337,7 @@ def install() -> None:
     """Hook what is imported, and watch for the import of the rest; again does nothing."""
     if any(isinstance(finder, _HookFinder) for finder in sys.meta_path):
         return
-    hook_asyncio()
+    hook_loop(asyncio.BaseEventLoop)
     sys.meta_path.insert(0, _HookFinder())
     for name in HOOKS:
         if name in sys.modules:

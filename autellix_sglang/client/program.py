@@ -14,11 +14,13 @@ import inspect
 import os
 import re
 import secrets
+import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token, copy_context
+from multiprocessing import util
 from types import TracebackType
 from typing import Any, Final, ParamSpec, TypeVar, overload
 
@@ -43,10 +45,10 @@ class Program(Dag):
     """One run of an agent: everything called between its start and its end."""
 
     def __init__(self, program_id: str) -> None:
-        super().__init__(prefix=secrets.token_hex(2))
+        super().__init__(prefix=secrets.token_hex(4))
         self.id = parse_header_id("program id", program_id)
+        self.is_ended = False
         self._pid = os.getpid()
-        self._is_ended = False
         # What its calls authenticated with, to end it as the same tenant.
         self._servers: dict[Server, dict[str, str] | None] = {}
 
@@ -62,11 +64,11 @@ class Program(Dag):
 
     def end(self) -> None:
         """Tell the servers that it is over; a second time, or in a forked process, does nothing."""
-        if self._is_ended or self._pid != os.getpid():
+        if self.is_ended or self._pid != os.getpid():
             return
-        self._is_ended = True
+        self.is_ended = True
         _open.discard(self)
-        for server, credentials in self._servers.items():
+        for server, credentials in list(self._servers.items()):  # a thread may call another yet
             sessions.end(server, self.id, credentials or {})
 
     def note_call(self, server: Server, headers: Mapping[str, Any]) -> None:
@@ -160,7 +162,6 @@ class _Run:
             raise RuntimeError("this run was entered before; program(...) makes another")
         self._program = Program(self._id or new_id(self._name))
         self._token = _current.set(self._program.root)
-        _follow_running_loop()
         self._program.start()
         return self._program
 
@@ -222,7 +223,14 @@ def _decorate(function: Callable[P, T], name: str, program_id: str | None) -> Ca
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         with _Run(name, program_id):
-            return function(*args, **kwargs)
+            value = function(*args, **kwargs)
+        if inspect.iscoroutine(value):
+            value.close()
+            raise TypeError(
+                f"@program is over when {name}() returns, before the coroutine that it returned "
+                "runs; put it on the `async def` itself, or use `with program(...)`"
+            )
+        return value
 
     return run
 
@@ -266,9 +274,11 @@ class ThreadPool(ThreadPoolExecutor):
         result = future.result
 
         def joined_result(timeout: float | None = None) -> T:
-            value = result(timeout)
-            here.join(child)  # whoever submits the next job has waited for this one
-            return value
+            try:
+                return result(timeout)
+            finally:
+                if future.done():
+                    here.join(child)  # whoever submits the next job has waited for this one
 
         future.result = joined_result  # type: ignore[method-assign]
         return future
@@ -289,10 +299,12 @@ def fork_task(
     if here is None or kwargs.get("context") is not None:
         return create(coroutine, **kwargs)
     child = here.fork()
-    context = copy_context()
-    context.run(_current.set, child)
     parent = _running_task()
-    task = create(coroutine, **{**kwargs, "context": context})
+    token = _current.set(child)  # the task copies it; not every factory takes a context
+    try:
+        task = create(coroutine, **kwargs)
+    finally:
+        _current.reset(token)
     child.end_when(task.done)
     if parent is not None:
         child.continue_if(functools.partial(_waits_for, parent, task))
@@ -316,31 +328,6 @@ def _waits_for(parent: asyncio.Task[Any], task: asyncio.Task[Any]) -> bool:
     return waiter is task or task in getattr(waiter, "_children", ())
 
 
-def _follow_running_loop() -> None:
-    """See to it that the running loop forks threads; asyncio's own are patched as a class."""
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        return
-    if not isinstance(loop, asyncio.BaseEventLoop):
-        factory = loop.get_task_factory()
-        if not isinstance(factory, _ForkingFactory):
-            loop.set_task_factory(_ForkingFactory(factory))  # type: ignore[arg-type]
-
-
-class _ForkingFactory:
-    """A task factory around the one that the loop had."""
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-
-    def __call__(
-        self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T], **kwargs: Any
-    ) -> asyncio.Task[T]:
-        make = self._inner or (lambda loop, coro, **kw: asyncio.Task(coro, loop=loop, **kw))
-        return fork_task(functools.partial(make, loop), coroutine, kwargs)
-
-
 # -- calls ---------------------------------------------------------------------------------------
 
 
@@ -349,23 +336,34 @@ def issue_call(
 ) -> tuple[Call, Server] | None:
     """A new call of the running program, if that is where this POST goes and says no id itself."""
     thread = _current.get()
-    if thread is None:
+    if thread is None or program_of(thread).is_ended:  # a worker task may outlive its program
         return None
     server = registry.find(scheme, host, port, path)
-    if server is None or server.is_ours is False or "x-program-id" in headers:
+    if server is None or server.is_refusing or "x-program-id" in headers:
         return None
     program_of(thread).note_call(server, headers)
     return thread.issue(), server
 
 
-def headers_of(call: Call) -> dict[str, str]:
-    """The identity headers of a call."""
-    return {
+def headers_of(call: Call, given: Mapping[str, Any]) -> dict[str, str]:
+    """The identity headers of a call, but for those that its caller has given."""
+    ours = {
         "x-program-id": program_of(call.thread).id,
         "x-thread-id": call.thread_id,
         "x-call-id": call.call_id,
         "x-parent-call-ids": ",".join(call.parents),  # empty: it has none, which is not "not told"
     }
+    return {name: value for name, value in ours.items() if name not in given}
+
+
+def _in_forked_process() -> None:
+    """What was open goes on here too: under call ids and a lock that the parent does not share."""
+    for running in list(_open):
+        running.prefix, running.lock = secrets.token_hex(4), threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_forked_process)
 
 
 @atexit.register
@@ -380,3 +378,11 @@ def sessions_in_use() -> bool:
     """Whether this process (and not the one it was forked from) has a sender."""
     worker = sessions._worker
     return worker is not None and worker.is_alive()
+
+
+def _in_multiprocessing_worker(_: object) -> None:
+    """Its process skips `atexit`, and forgets the finalizers of before it was started."""
+    util.Finalize(None, _end_open_programs, exitpriority=0)
+
+
+util.register_after_fork(sessions, _in_multiprocessing_worker)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Mapping
 from typing import Final
 from urllib.parse import urlsplit
@@ -19,6 +20,8 @@ from autellix_sglang.errors import ConfigError
 log = logging.getLogger("autellix_sglang.client")
 
 ENV_VAR: Final = "AUTELLIX_BASE_URL"  # registered at import, several separated by commas
+REFUSAL_S: Final = 60.0
+SILENCE_S: Final = 30.0
 DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 CALL_PATHS: Final = frozenset(
     {
@@ -36,7 +39,9 @@ class Server:
     def __init__(self, base_url: str, api_key: str | None = None) -> None:
         self.origin, self.prefix = parse_base_url(base_url)
         self.headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self.is_ours: bool | None = None  # None: not known yet
+        self.is_ours = False  # it has said so
+        self._refuses_until = 0.0
+        self._silent_until = 0.0
         self._said: set[str] = set()
 
     @property
@@ -49,15 +54,34 @@ class Server:
         """Whether a POST to this path of its origin is a call to the engine."""
         return path.startswith(self.prefix) and path[len(self.prefix) :] in CALL_PATHS
 
+    @property
+    def is_refusing(self) -> bool:
+        """Whether it has said less than a minute ago that it is not ours."""
+        return time.monotonic() < self._refuses_until
+
+    @property
+    def is_deaf(self) -> bool:
+        """Whether it is told of no starts and ends just now."""
+        return self.is_refusing or time.monotonic() < self._silent_until
+
     def note_answer(self, is_ours: bool, evidence: str) -> None:
-        """The first evidence decides; a server that is not ours is named once."""
-        if self.is_ours is None:
-            self.is_ours = is_ours
-            if not is_ours:
-                self.say_once(
-                    f"{self.url} does not schedule programs ({evidence}): "
-                    "calls go there unchanged, without ids"
-                )
+        """A yes is for good, a no for a minute: the server may only be starting."""
+        if is_ours:
+            self.is_ours, self._refuses_until = True, 0.0
+        elif not self.is_ours:
+            self._refuses_until = time.monotonic() + REFUSAL_S
+            self.say_once(
+                f"{self.url} does not schedule programs ({evidence}): "
+                "calls go there unchanged, without ids"
+            )
+
+    def note_silence(self) -> None:
+        """A session message timed out; the next ones must not hold up those to other servers."""
+        self._silent_until = time.monotonic() + SILENCE_S
+
+    def ask_again(self) -> None:
+        """Forget what speaks against it."""
+        self._refuses_until = self._silent_until = 0.0
 
     def say_once(self, text: str) -> None:
         if text not in self._said:
@@ -93,6 +117,7 @@ class Registry:
             for other in known:
                 if other.prefix == server.prefix:
                     other.headers = server.headers or other.headers
+                    other.ask_again()
                     return other
             # The longest prefix first, so that it wins.
             both = sorted((*known, server), key=lambda s: -len(s.prefix))

@@ -2,7 +2,8 @@
 
 One daemon thread sends the messages in order, so that `with program():` never waits for a network
 and never blocks an event loop. What cannot be delivered is said once per server: the server forgets
-a silent program by itself, after its TTL.
+a silent program by itself, after its TTL. A server that lets a message time out is told nothing for
+a while, so that the others need not wait for it each time.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Sessions:
         return True
 
     def _put(self, message: Message) -> None:
-        if message.server.is_ours is False:
+        if message.server.is_deaf:
             return
         try:
             self._queue.put_nowait(message)
@@ -103,7 +104,7 @@ class Sessions:
         while True:
             message = self._queue.get()
             try:
-                if message.server.is_ours is not False:
+                if not message.server.is_deaf:
                     self._send(message)
             finally:
                 self._queue.task_done()
@@ -118,5 +119,7 @@ class Sessions:
             # For a DELETE, 404 may mean that the program has been forgotten already.
             if message.method == "POST" and error.code in NO_SUCH_ROUTE:
                 server.note_answer(False, f"POST /v1/programs: HTTP {error.code}")
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever it is, the messages behind it must go out
             server.say_once(f"{server.url} could not be told of a program: {error}")
+            if isinstance(getattr(error, "reason", error), TimeoutError):
+                server.note_silence()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -52,13 +53,18 @@ class Seen:
 
 @dataclass
 class Recorder:
-    """What arrived, and how to answer: `status` by path, `redirect` of calls with that host."""
+    """What arrived, and how to answer: `status` by path, `redirect` of calls with that host.
+
+    The first `num_broken` calls get half an answer, and the connection ends `stall_s` later.
+    """
 
     url: str = ""
     seen: list[Seen] = field(default_factory=list)
     status: dict[str, int] = field(default_factory=dict)
     redirects: dict[str, str] = field(default_factory=dict)
     names_programs: bool = True
+    num_broken: int = 0
+    stall_s: float = 0.0
 
     @property
     def calls(self) -> list[Seen]:
@@ -105,7 +111,12 @@ def _handler(recorder: Recorder) -> type[BaseHTTPRequestHandler]:
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(reply)))
             self.end_headers()
-            self.wfile.write(reply)
+            if "programs" not in path and 0 < len(recorder.calls) <= recorder.num_broken:
+                self.wfile.write(reply[: len(reply) // 2])
+                time.sleep(recorder.stall_s)
+                self.close_connection = True
+            else:
+                self.wfile.write(reply)
 
         do_GET = do_POST = do_DELETE = answer
 

@@ -93,3 +93,17 @@ def test_other_backends_send_no_ids(registered: Recorder, backend: Any) -> None:
     assert example.chat.run(questions=["a"], backend=sgl.RuntimeEndpoint(registered.url))["answer0"]
     [call] = registered.calls
     assert "custom_params" not in call.body["sampling_params"]
+
+
+def test_a_state_that_outlives_its_run_is_anonymous(registered: Recorder, backend: Any) -> None:
+    """What is generated after the program's end is no call of it."""
+
+    @sgl.function
+    def ask(s: Any) -> None:
+        s += "Why?" + sgl.gen("answer")
+
+    state = ask.run(backend=backend, use_thread=False)
+    state += sgl.gen("more")
+    first, second = (seen.body["sampling_params"] for seen in registered.calls)
+    assert "custom_params" in first
+    assert "custom_params" not in second

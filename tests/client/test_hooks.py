@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import requests
 from autellix_sglang.client import current_program, program, register
 from autellix_sglang.client.program import registry
 from autellix_sglang.errors import ConfigError
-from tests.client.conftest import OURS, THIRD, Recorder
+from tests.client.conftest import IDENTITY, OURS, THIRD, Recorder
 
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
 BODY: Any = {"model": "m", "messages": MESSAGES}
@@ -154,6 +155,107 @@ def test_ids_that_the_caller_sets_are_left_alone(registered: Recorder) -> None:
     assert [seen.ids for seen in registered.calls] == [{"x-program-id": "mine"}]
 
 
+def post_httpx(url: str, timeout_s: float = 9.0, **kwargs: Any) -> None:
+    httpx.post(url, json={}, timeout=timeout_s, **kwargs)
+
+
+async def post_httpx_async(url: str, timeout_s: float = 9.0, **kwargs: Any) -> None:
+    async with httpx.AsyncClient() as client, asyncio.timeout(timeout_s):
+        await client.post(url, json={}, **kwargs)
+
+
+def post_requests(url: str, timeout_s: float = 9.0, **kwargs: Any) -> None:
+    requests.post(url, json={}, timeout=timeout_s, **kwargs)
+
+
+async def post_aiohttp(url: str, timeout_s: float = 9.0, **kwargs: Any) -> None:
+    async with (
+        aiohttp.ClientSession() as session,
+        asyncio.timeout(timeout_s),
+        session.post(url, json={}, **kwargs) as response,
+    ):
+        await response.read()
+
+
+each_post = pytest.mark.parametrize(
+    "post", [post_httpx, post_httpx_async, post_requests, post_aiohttp]
+)
+
+
+async def done(posted: Any) -> None:
+    if posted is not None:
+        await posted
+
+
+@each_post
+async def test_a_single_id_that_the_caller_sets_is_kept(post, registered: Recorder) -> None:
+    """Beside a thread's name of the caller's go our ids, and no second name."""
+    with program("agent") as running:
+        await done(post(registered.url + "/generate", headers={"X-Thread-Id": "critic"}))
+    (seen,) = registered.calls
+    assert seen.ids.keys() == set(IDENTITY)
+    assert (seen.ids["x-program-id"], seen.ids["x-thread-id"]) == (running.id, "critic")
+
+
+@each_post
+@pytest.mark.parametrize("stall_s", [0.0, 0.6], ids=["broken", "late"])
+async def test_half_an_answer_completes_no_call(post, stall_s, registered: Recorder) -> None:
+    """A call that breaks off or takes too long while its answer is read is nobody's parent."""
+    registered.num_broken, registered.stall_s = 1, stall_s
+    with program("agent"):
+        with pytest.raises(Exception):  # noqa: B017, PT011 - each library has its own
+            await done(post(registered.url + "/generate", timeout_s=0.2 if stall_s else 9.0))
+        await done(post(registered.url + "/generate"))
+    assert [seen.ids["x-parent-call-ids"] for seen in registered.calls] == ["", ""]
+
+
+def test_a_retry_after_half_an_answer_has_no_part_of_it_as_parent(registered: Recorder) -> None:
+    """SDKs try again by themselves; the second attempt is a call that waited for nothing."""
+    registered.num_broken = 1
+    with (
+        program("agent") as running,
+        openai.OpenAI(base_url=registered.url + "/v1", api_key="none") as client,
+    ):
+        client.chat.completions.create(**BODY)
+        first, second = (seen.ids for seen in registered.calls)
+        assert running.root.frontier == (second["x-call-id"],) != (first["x-call-id"],)
+    assert second["x-parent-call-ids"] == ""
+
+
+async def test_an_aiohttp_stream_that_breaks_completes_no_call(registered: Recorder) -> None:
+    """The same where the body is read piece by piece; one that is let go of counts."""
+    registered.num_broken = 1
+    async with aiohttp.ClientSession() as session:
+        with program("agent") as running:
+            async with session.post(registered.url + "/generate", json={}) as response:
+                with pytest.raises(aiohttp.ClientPayloadError):
+                    await response.content.readexactly(10_000)
+            assert running.root.frontier == ()
+            registered.num_broken, registered.stall_s = 2, 0.6
+            async with session.post(registered.url + "/generate", json={}) as response:
+                await response.content.readany()
+                assert running.root.frontier == ()
+            assert len(running.root.frontier) == 1
+
+
+async def test_an_aiohttp_middleware_sends_again(registered: Recorder) -> None:
+    """Each attempt of the same request is a call; the caller's request stays without our ids."""
+    registered.status["/generate"] = 503
+
+    async def twice(request: Any, send: Any) -> Any:
+        (await send(request)).release()
+        registered.status.clear()
+        return await send(request)
+
+    async with aiohttp.ClientSession(middlewares=(twice,)) as session:
+        with program("agent") as running:
+            async with session.post(registered.url + "/generate", json={}) as response:
+                await response.read()
+            assert not [name for name in response.request_info.headers if name.startswith("x-")]
+            first, second = (seen.ids["x-call-id"] for seen in registered.calls)
+            assert running.root.frontier == (second,) != (first,)
+
+
 def test_an_error_completes_no_call(registered: Recorder) -> None:
     """A call that was refused is not what the next one waited for."""
     registered.status["/generate"] = 500
@@ -194,6 +296,38 @@ def test_a_stream_is_complete_when_it_ends(registered: Recorder, reads: bool) ->
         assert running.root.frontier != held
 
 
+def test_a_stream_that_its_reader_stops_reading(registered: Recorder) -> None:
+    """Who breaks off at the last event of a stream, closing nothing, has what it waited for."""
+    url = registered.url + "/generate"
+    with program("agent") as running, httpx.Client() as client, requests.Session() as session:
+        response = session.post(url, json={}, stream=True)
+        for _ in response.iter_content(4):
+            break
+        held = running.root.frontier
+        assert len(held) == 1
+        streamed = client.send(client.build_request("POST", url, json={}), stream=True)
+        for _ in streamed.iter_raw():
+            break
+        assert len(running.root.frontier) == 1
+        assert running.root.frontier != held
+        response.close()
+        streamed.close()
+
+
+async def test_an_asynchronous_stream_that_its_reader_stops_reading(registered: Recorder) -> None:
+    """The same, as soon as the event loop has finalized what read it."""
+    async with httpx.AsyncClient() as client:
+        request = client.build_request("POST", registered.url + "/generate", json={})
+        with program("agent") as running:
+            response = await client.send(request, stream=True)
+            async for _ in response.aiter_raw():
+                break
+            for _ in range(9):
+                await asyncio.sleep(0)
+            assert len(running.root.frontier) == 1
+        await response.aclose()
+
+
 async def test_a_stream_of_aiohttp(registered: Recorder) -> None:
     """The same for aiohttp, whose connection goes back when the body is over."""
     async with aiohttp.ClientSession() as session:
@@ -216,6 +350,18 @@ present = set(HOOKS) & set(sys.modules)
 assert present and present == _hooked, (present, _hooked)
 for name in present:
     assert type(sys.modules[name].__spec__.loader).__name__ == "SourceFileLoader"
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_star_import_brings_no_engine() -> None:
+    """Neither where SGLang is installed, nor where it is not."""
+    script = """
+import sys
+sys.modules["sglang"] = None
+from autellix_sglang.client import *
+register("http://ours.test")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

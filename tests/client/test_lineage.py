@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import random
 import sys
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from autellix_sglang.client import ThreadPool, carry, current_program, program, register
 from autellix_sglang.client.dag import Dag
 from autellix_sglang.client.program import registry
+from autellix_sglang.identity import MAX_PARENTS
 
 URL = "http://lineage.test/v1/completions"
 # How children of a node are run. Those in PARALLEL wait for all of them at the end.
@@ -256,12 +258,13 @@ def test_parents_in_os_threads_are_the_true_ones(node: Node, seed: int) -> None:
     lab.check(node, running.id)
 
 
+@pytest.mark.parametrize("where", ["inside", "around"])
 @settings(
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(node=nodes(True, 3), seed=st.integers(0, 2**32))
-def test_parents_on_uvloop(node: Node, seed: int) -> None:
-    """A loop that is not asyncio's own is followed from the start of the program."""
+def test_parents_on_uvloop(where: str, node: Node, seed: int) -> None:
+    """A loop that is not asyncio's own is followed, also where it runs inside of the program."""
     uvloop = pytest.importorskip("uvloop")
     lab = Lab(seed)
 
@@ -270,8 +273,17 @@ def test_parents_on_uvloop(node: Node, seed: int) -> None:
             await lab.run_async(node, "r")
         return running.id
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        lab.check(node, runner.run(main()))
+    if where == "inside":
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            program_id = runner.run(main())
+    else:
+        with (
+            program("random") as running,
+            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        ):
+            runner.run(lab.run_async(node, "r"))
+        program_id = running.id
+    lab.check(node, program_id)
 
 
 # -- the rules one by one ------------------------------------------------------------------------
@@ -298,6 +310,76 @@ def test_a_failed_call_is_nobodys_parent() -> None:
     first = completed(root)
     root.issue()
     assert root.issue().parents == (first,)
+
+
+def test_a_call_of_which_reading_failed_is_nobodys_parent() -> None:
+    """Closing the connection after an error completes no call; letting go of a stream does."""
+    root = Dag("d").root
+    failed, dropped = root.issue(), root.issue()
+    with pytest.raises(ConnectionError), failed:
+        raise ConnectionError
+    failed.complete()
+    with pytest.raises(GeneratorExit), dropped:
+        raise GeneratorExit
+    assert root.issue().parents == (dropped.call_id,)
+
+
+def test_after_more_parents_than_can_be_told() -> None:
+    """A call is told the latest of them, and the next one has that call as its only parent."""
+    root = Dag("d").root
+    for child in [root.fork() for _ in range(2 * MAX_PARENTS)]:
+        completed(child)
+        child.end()
+    joining = root.issue()
+    assert len(joining.parents) == MAX_PARENTS
+    joining.complete()
+    assert root.issue().parents == (joining.call_id,)
+
+
+@pytest.fixture
+def no_gc() -> Iterator[None]:
+    """Times are not those of the garbage collector, which visits all that other tests left."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_gc")
+def test_joining_a_wide_fan_out_takes_as_long_for_each() -> None:
+    """Two of thousands in a row, each of them joined by one call, whose caller holds a loop up."""
+
+    def seconds_each(width: int) -> float:
+        root = Dag("d").root
+        seconds = 0.0
+        for _ in range(2):
+            for child in [root.fork() for _ in range(width)]:
+                completed(child)
+                child.end()
+            started = time.perf_counter()
+            joined = root.frontier
+            seconds += time.perf_counter() - started
+            assert len(joined) == width
+        return seconds / width
+
+    few = min(seconds_each(100) for _ in range(5))
+    assert seconds_each(4000) < 10 * few
+
+
+@pytest.mark.usefixtures("no_gc")
+def test_submitting_to_a_pool_takes_as_long_for_each() -> None:
+    """Jobs that nobody has asked about yet do not slow down the next ones."""
+
+    def seconds_each(num_jobs: int) -> float:
+        root, pool = Dag("d").root, object()
+        started = time.perf_counter()
+        for _ in range(num_jobs):
+            child = root.fork(group=pool)
+            completed(child)
+            child.end()
+        return (time.perf_counter() - started) / num_jobs
+
+    few = min(seconds_each(100) for _ in range(5))
+    assert seconds_each(5000) < 10 * few
 
 
 def test_a_running_child_is_not_waited_for() -> None:
@@ -372,4 +454,4 @@ def test_threads_that_never_call_leave_no_trace() -> None:
     child = dag.root.fork()
     completed(child)
     assert child.thread_id == "1"
-    assert dag.root._children == [child]
+    assert dag.root._children == {None: [child]}

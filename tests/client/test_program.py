@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -25,6 +27,7 @@ from autellix_sglang.client import (
     register,
 )  # fmt: skip
 from autellix_sglang.client.program import CREDENTIALS, issue_call, registry
+from autellix_sglang.client.servers import Server
 from autellix_sglang.errors import IdentityError
 from tests.client.conftest import Recorder
 
@@ -134,6 +137,88 @@ def test_a_forked_process_has_nothing_to_wait_for(recorder: Recorder) -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
 
 
+def test_a_forked_process_has_call_ids_of_its_own(registered: Recorder) -> None:
+    """Two processes on one program, and all of their calls have different names."""
+    script = f"""
+        import os, sys, warnings
+        warnings.simplefilter("ignore")
+        import requests
+        from autellix_sglang.client import program, register
+        register({registered.url!r})
+        def call():
+            requests.post({registered.url!r} + "/generate", json={{}})
+        with program(id="P"):
+            call()
+            pids = [os.fork() for _ in range(2)]
+            call()
+            if all(pids):
+                for pid in pids: os.waitpid(pid, 0)
+                call()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+    ids = [seen.ids["x-call-id"] for seen in registered.calls]
+    assert len(ids) == len(set(ids)) == 1 + 4 + 1
+    assert {seen.ids["x-program-id"] for seen in registered.calls} == {"P"}
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_of_multiprocessing_end_their_programs(recorder: Recorder, method: str) -> None:
+    """They leave without `atexit`, and their ends arrive all the same."""
+    script = f"""
+        import multiprocessing, warnings
+        warnings.simplefilter("ignore")
+        from autellix_sglang.client import program, register
+        register({recorder.url!r})
+        def work(i):
+            with program(id=f"W{{i}}"):
+                pass
+        if __name__ == "__main__":
+            context = multiprocessing.get_context({method!r})
+            made = [context.Process(target=work, args=(i,)) for i in range(3)]
+            for process in made: process.start()
+            for process in made: process.join()
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:  # spawned ones import it
+        file.write(textwrap.dedent(script))
+        file.flush()
+        subprocess.run([sys.executable, file.name], check=True)
+    ends = {url for sent, url in recorder.sessions if sent == "DELETE"}
+    assert ends == {f"/v1/programs/W{i}" for i in range(3)}
+
+
+async def test_a_task_that_outlives_its_program_is_anonymous(registered: Recorder) -> None:
+    """A worker that the first program started serves later ones, and charges nobody's account."""
+    over = asyncio.Event()
+
+    async def work(client: httpx.AsyncClient) -> None:
+        await client.post(registered.url + "/generate", json={})
+        await over.wait()
+        await client.post(registered.url + "/generate", json={})
+
+    async with httpx.AsyncClient() as client:
+        with program("agent"):
+            worker = asyncio.create_task(work(client))
+            while not registered.calls:
+                await asyncio.sleep(0.01)
+        over.set()
+        await worker
+    assert [bool(seen.ids) for seen in registered.calls] == [True, False]
+
+
+def test_a_server_first_called_while_its_program_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that goes on calling does not disturb the end."""
+    made = [register(f"http://127.0.0.1:{port}") for port in (8, 9)]
+    monkeypatch.setattr("autellix_sglang.client.sessions.Sessions._put", lambda *_: None)
+    with program("agent") as running:
+        monkeypatch.setattr(
+            "autellix_sglang.client.sessions.Sessions.end",
+            lambda *_: running.note_call(Server("http://127.0.0.1:7"), {}),
+        )
+    assert len(running._servers) > len(made)
+    for server in made:
+        registry.discard(server)
+
+
 async def test_first_calls_of_a_wide_gather_do_not_look_at_each_other() -> None:
     """Each of thousands of tasks takes as long as each of a hundred."""
     server = register("http://127.0.0.1:8")
@@ -205,6 +290,87 @@ def test_a_server_that_is_down_costs_a_line(caplog: pytest.LogCaptureFixture) ->
     assert [("could not be told" in text) for text in caplog.messages] == [True]
 
 
+@pytest.fixture
+def bad_server() -> Iterator[tuple[socket.socket, str]]:
+    """A port that takes connections, and whatever the test then does with them."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server = register(url)
+        yield listening, url
+        registry.discard(server)
+
+
+def test_a_server_that_speaks_no_http_costs_a_line(
+    registered: Recorder, bad_server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever a port answers, the other servers are told, and the log has one line."""
+    listening, url = bad_server
+
+    def talk() -> None:
+        for _ in range(4):
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+    talking = threading.Thread(target=talk)
+    talking.start()
+    for name in ("P", "Q"):
+        with program(id=name):
+            pass
+    assert registered.sessions == sessions_of("P") + sessions_of("Q")
+    talking.join()
+    assert [url in text for text in caplog.messages] == [True]
+
+
+def test_a_server_that_never_answers_holds_up_no_other(
+    registered: Recorder, bad_server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first message that timed out it is left out for a while."""
+    monkeypatch.setattr("autellix_sglang.client.sessions.TIMEOUT_S", 0.5)
+    started = time.monotonic()
+    for i in range(9):
+        with program(id=str(i)):
+            pass
+    assert len(registered.sessions) == 18
+    assert time.monotonic() - started < 2
+
+
+def test_a_server_that_was_not_ours_is_asked_again(registered: Recorder) -> None:
+    """One 404 is no verdict for good: it holds for a minute, or until `register` is called."""
+
+    def has_ids() -> bool:
+        with program("agent"):
+            flush()
+            requests.post(registered.url + "/generate", json={})
+        return bool(registered.calls[-1].ids)
+
+    registered.status["/v1/programs"] = 404
+    assert not has_ids()
+    registered.status.clear()
+    assert not has_ids()
+    register(registered.url)
+    assert has_ids()
+    registered.status["/v1/programs"] = 404
+    assert has_ids()  # it was seen to be ours
+
+
+def test_what_was_not_ours_is_asked_again_by_itself(
+    registered: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a minute programs are told to it again."""
+    monkeypatch.setattr("autellix_sglang.client.servers.REFUSAL_S", 0.3)
+    registered.status["/v1/programs"] = 404
+    with program("agent"):
+        assert len(registered.sessions) == 1
+    with program("agent"):
+        assert len(registered.sessions) == 1
+    registered.status.clear()
+    time.sleep(0.3)
+    with program("agent"):
+        assert len(registered.sessions) == 2
+
+
 def test_a_session_message_follows_no_redirect(registered: Recorder) -> None:
     """Where a server points to is not where ids go."""
     registered.redirects["/v1/programs"] = registered.url + "/elsewhere"
@@ -212,6 +378,26 @@ def test_a_session_message_follows_no_redirect(registered: Recorder) -> None:
         pass
     assert registered.sessions == sessions_of("P")
     assert not [seen for seen in registered.seen if seen.url == "/elsewhere"]
+
+
+def test_a_task_factory_need_not_take_a_context(registered: Recorder) -> None:
+    """Tasks of a loop's own factory are threads of the program like all others."""
+
+    async def call(client: httpx.AsyncClient) -> None:
+        await client.post(registered.url + "/generate", json={})
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_task_factory(lambda loop, coro: asyncio.Task(coro, loop=loop))
+        async with httpx.AsyncClient() as client:
+            with program("agent") as running:
+                await asyncio.gather(call(client), call(client))
+                assert len(running.root.frontier) == 2
+
+    # asyncio's own loop, whatever policy another library has set: uvloop's gives a context always
+    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+        runner.run(main())
+    assert {seen.ids["x-thread-id"] for seen in registered.calls} == {"1", "2"}
 
 
 # -- decorator and context -----------------------------------------------------------------------
@@ -259,6 +445,16 @@ def test_generators_cannot_be_decorated() -> None:
         program(steps)
 
 
+def test_a_function_that_returns_a_coroutine_is_refused() -> None:
+    """What decorators make of a coroutine function is over before it runs: that is an error."""
+
+    async def agent() -> None:
+        return
+
+    with pytest.raises(TypeError, match="put it on the `async def` itself"):
+        program(lambda: agent())()
+
+
 @pytest.mark.parametrize("bad", ["", "a\nb", "x" * 257, "agent-é"])
 def test_an_id_that_no_header_can_hold_is_refused(bad: str) -> None:
     """An id is checked where it is given, not when the first call fails."""
@@ -299,6 +495,22 @@ def test_nested_programs_are_separate(registered: Recorder) -> None:
     assert [ids["x-program-id"] for ids in (first, second, third)] == [outer.id, inner.id, outer.id]
     assert second["x-parent-call-ids"] == ""
     assert third["x-parent-call-ids"] == first["x-call-id"]
+
+
+def test_a_job_of_a_pool_that_failed_was_waited_for(registered: Recorder) -> None:
+    """Whose `result()` raises has been waited for like one that returns."""
+
+    def job(fails: bool) -> None:
+        requests.post(registered.url + "/generate", json={})
+        if fails:
+            raise KeyError
+
+    with program("agent"), ThreadPool(1) as pool:
+        with pytest.raises(KeyError):
+            pool.submit(job, True).result()
+        pool.submit(job, False).result()
+    first, second = (seen.ids for seen in registered.calls)
+    assert second["x-parent-call-ids"] == first["x-call-id"]
 
 
 def test_os_threads_carry_the_program() -> None:
