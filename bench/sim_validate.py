@@ -38,7 +38,16 @@ from typing import Any, Final
 from autellix_sglang.config import ProgramConfig
 from autellix_sglang.core.policy import POLICIES
 from bench import serve, synthetic, trace
-from bench.common import CpuMeter, format_table, new_parser, print_result, provenance, say
+from bench.common import (
+    CpuMeter,
+    format_table,
+    from_one,
+    new_parser,
+    positive,
+    print_result,
+    provenance,
+    say,
+)
 from bench.replay import poisson_arrivals
 from bench.serve import ServeOptions
 from bench.server import Endpoint, Server, ServerError, policy_servers, server_info
@@ -189,12 +198,12 @@ def parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="8 programs of 12 calls per trace")
     add("--trace", action="append", type=Path, default=[], help="each is validated by itself")
     add("--policy", choices=POLICIES, default=ProgramConfig().policy, help="default: %(default)s")
-    add("--load", type=float, default=1.2, help="share of the capacity (default: %(default)s)")
-    add("--programs", type=int, default=24, help="per trace (default: %(default)s)")
-    add("--max-calls", type=int, default=40, help="per program (default: %(default)s)")
-    add("--scale", type=float, default=0.25, help="factor on token counts (default: %(default)s)")
-    add("--slots", type=int, default=8, help="calls in a batch (default: %(default)s)")
-    add("--repeat", type=int, default=1, help="times each, in turn (default: %(default)s)")
+    add("--load", type=positive, default=1.2, help="share of the capacity (default: %(default)s)")
+    add("--programs", type=from_one, default=24, help="per trace (default: %(default)s)")
+    add("--max-calls", type=from_one, default=40, help="per program (default: %(default)s)")
+    add("--scale", type=positive, default=0.25, help="factor on token counts (%(default)s)")
+    add("--slots", type=from_one, default=8, help="calls in a batch (default: %(default)s)")
+    add("--repeat", type=from_one, default=1, help="times each, in turn (default: %(default)s)")
     add("--seed", type=int, default=1, help="default: %(default)s")
     add("--save", type=Path, help="write the JSON object to this file as well")
     return out
@@ -215,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.save:
         options.save.write_text(json.dumps(result, indent=1) + "\n")
     print_result(result)
-    return 0
+    return 0 if all(result["within"].values()) else 1
 
 
 def validate(options: argparse.Namespace) -> dict[str, Any]:
