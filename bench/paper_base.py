@@ -9,7 +9,7 @@ direction and size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
@@ -39,6 +39,7 @@ THE_PAPER: Final = "p8"
 OBJECTIVES_MS: Final = (PAPER_LEVEL_MS, 500.0, 1000.0)  # the paper's Fig. 15
 MULTIPLES: Final = (2.0, 4.0)  # of the unloaded latency
 NOT_THERE: Final = "-"
+NO_WORSE: Final = 1.001  # as large a ratio as rounding leaves between equals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +60,7 @@ class Size:
     swap_loads: tuple[float, ...] = (1.2, 1.5, 2.0)
     starvation_minutes: float = 30.0
     passes: int = 20
-    chats: int = 100  # per replica
-    searches: int = 20  # per replica
+    replica_minutes: float = 4.0
     replicas: tuple[int, ...] = (1, 2, 4, 8)
     replica_loads: tuple[float, ...] = (0.4, 1.0, 1.3, 1.7, 2.2)
     slots: int = 64
@@ -81,8 +81,7 @@ QUICK: Final = Size(
     swap_loads=(1.5,),
     starvation_minutes=3.0,
     passes=3,
-    chats=15,
-    searches=4,
+    replica_minutes=1.0,
     replicas=(1, 2),
     replica_loads=(0.4, 2.0),
 )
@@ -177,6 +176,21 @@ class Sweep:
     def best(self, policy: str, baseline: str, statistic: str = "mean") -> Ratio | None:
         """The largest ratio at any level: the paper's "up to"."""
         return max(self.ratios(policy, baseline, statistic), default=None)
+
+    def spread(self, policy: str, baseline: str, statistic: str = "mean") -> str:
+        """The smallest ratio and the largest, as a table shows them."""
+        found = self.ratios(policy, baseline, statistic)
+        return f"{min(found)} to {max(found)}" if found else NOT_THERE
+
+    def slowest(self, policy: str, baselines: Iterable[str], statistic: str = "mean") -> float:
+        """The largest latency over any baseline's at one load, of all from 1 up."""
+        mine = self.curve(policy, statistic)
+        return max(
+            mine[load] / self.curve(baseline, statistic)[load]
+            for baseline in baselines
+            for load in mine
+            if load >= 1
+        )
 
     def at_paper_level(self, policy: str, baseline: str) -> Ratio | None:
         """The ratio at the tightest objective of the paper's Fig. 15."""
