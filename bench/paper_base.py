@@ -60,7 +60,7 @@ class Size:
     swap_loads: tuple[float, ...] = (1.2, 1.5, 2.0)
     starvation_minutes: float = 30.0
     passes: int = 20
-    replica_minutes: float = 4.0
+    replica_minutes: float = 3.0
     replicas: tuple[int, ...] = (1, 2, 4, 8)
     replica_loads: tuple[float, ...] = (0.4, 1.0, 1.3, 1.7, 2.2)
     slots: int = 64
@@ -135,6 +135,10 @@ def shown(value: float | None, digits: int = 3) -> str:
     return NOT_THERE if value is None else format_number(value, digits)
 
 
+def shown_spread(spread: tuple[Ratio, Ratio] | None) -> str:
+    return NOT_THERE if spread is None else " to ".join(map(str, spread))
+
+
 def span(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
     return f"{low:.0f}" if round(low) == round(high) else f"{low:.0f} to {high:.0f}"
@@ -177,10 +181,13 @@ class Sweep:
         """The largest ratio at any level: the paper's "up to"."""
         return max(self.ratios(policy, baseline, statistic), default=None)
 
-    def spread(self, policy: str, baseline: str, statistic: str = "mean") -> str:
-        """The smallest ratio and the largest, as a table shows them."""
+    def spread(
+        self, policy: str, baseline: str, statistic: str = "mean"
+    ) -> tuple[Ratio, Ratio] | None:
+        """The smallest ratio that is no mere bound, if there is one, and the largest."""
         found = self.ratios(policy, baseline, statistic)
-        return f"{min(found)} to {max(found)}" if found else NOT_THERE
+        known = [ratio for ratio in found if not ratio.is_least]
+        return (min(known or found), max(found)) if found else None
 
     def slowest(self, policy: str, baselines: Iterable[str], statistic: str = "mean") -> float:
         """The largest latency over any baseline's at one load, of all from 1 up."""

@@ -16,6 +16,7 @@ from bench.paper_base import (
     Size,
     Sweep,
     shown,
+    shown_spread,
     verdict_of,
 )
 from bench.paper_runs import Cell, cell
@@ -76,10 +77,11 @@ def _fig14_find(size: Size, results: Results) -> Findings:
     slowest: list[float] = []
     for workload, sweep in sweeps.items():
         for baseline in ("round-robin", "least-used"):
-            for policy, known in rates.items():
-                known += [ratio.value for ratio in sweep.ratios(policy, baseline)]
             slowest.append(sweep.slowest("sticky", [baseline]))
-            sticky, ours, srpt = (sweep.spread(policy, baseline) for policy in rates)
+            over = {policy: sweep.spread(policy, baseline) for policy in rates}
+            for policy, spread in over.items():
+                rates[policy] += [ratio.value for ratio in spread or ()]
+            sticky, ours, srpt = map(shown_spread, over.values())
             rows.append((workload, baseline, sticky, slowest[-1], ours, "up to 1.4", srpt))
     load = max(size.replica_loads)
     chat = {p: sweeps["chat"].curve(p)[load] for p in ROUTERS}

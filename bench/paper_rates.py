@@ -22,6 +22,7 @@ from bench.paper_base import (
     Sweep,
     colour_of,
     name_of,
+    shown_spread,
     verdict_of,
 )
 from bench.paper_runs import DEVICE, VLLM, Cell, cell
@@ -206,12 +207,12 @@ def _fig13_find(size: Size, results: Results) -> Findings:
             slowest = {p: sweep.slowest(p, OTHERS, tail) for p in ATTAINED if p in sweep.points}
             policy = min(slowest, key=lambda p: slowest[p])
             better.append(slowest[policy] <= NO_WORSE)
-            found += [r.value for other in OTHERS for r in sweep.ratios(policy, other, tail)]
+            over = [sweep.spread(policy, other, tail) for other in OTHERS]
+            found += [ratio.value for spread in over for ratio in spread or ()]
             rows.append(
-                (workload, tail.upper(), policy,
-                 *(sweep.spread(policy, other, tail) for other in OTHERS), slowest[policy],
+                (workload, tail.upper(), policy, *map(shown_spread, over), slowest[policy],
                  "yes" if better[-1] else "no", "up to 1.7, in 7 of 8",
-                 sweep.spread("srpt", "fcfs", tail))
+                 shown_spread(sweep.spread("srpt", "fcfs", tail)))
             )  # fmt: skip
     return Findings(
         answer=f"At every load from 1 up the tail of attained service is no longer than vLLM-opt's"
