@@ -11,6 +11,8 @@ right before and right after it. The simulation has the server's own settings. A
 simulated number over the live one, less one. The drift is by how much longer batches took after a
 trace than before it: where it is large, the machine was not the same, and the error says little.
 With `--repeat` the traces take turns, and the median error of each number counts.
+Beside each verdict stands how long calls waited and how many were preempted: where they hardly
+waited, the step times are validated and the order of calls is not.
 Nothing is fitted to the replays themselves. Without `--trace` the built-in chat, react and tree
 workloads are used.
 
@@ -18,7 +20,7 @@ What the simulator is not told: how the engine overlaps its work with the client
 cores, and the tokens themselves (prefixes are shared by length).
 
 The last line of stdout is one JSON object; `bench.sim` shows `errors` of the file of results that
-`--save` writes.
+`--save` writes. The exit status is 1 where a trace is not within the bar.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -241,15 +243,18 @@ def validate(options: argparse.Namespace) -> dict[str, Any]:
                 trials.setdefault(name, []).append(bench.trial(mix))
     errors = {name: median_errors(tried) for name, tried in trials.items()}
     print(format_table(HEADER, [row for name in trials for row in _rows(name, trials[name])]))
+    live = {name: combine([t.live for t in tried]) for name, tried in trials.items()}
+    simulated = {name: combine([t.simulated for t in tried]) for name, tried in trials.items()}
+    within = {name: is_within(found) for name, found in errors.items()}
+    print()
+    print(format_table(QUEUE_HEADER, queue_rows(live, simulated, within)))
     return {
         "policy": options.policy,
         "load": options.load,
         "scale": options.scale,
         "slots": options.slots,
-        "live": {name: combine([t.live for t in tried]) for name, tried in trials.items()},
-        "simulated": {
-            name: combine([t.simulated for t in tried]) for name, tried in trials.items()
-        },
+        "live": live,
+        "simulated": simulated,
         "errors": errors,
         "trials": {
             name: [
@@ -265,7 +270,7 @@ def validate(options: argparse.Namespace) -> dict[str, Any]:
             for name, tried in trials.items()
         },
         "bar": BAR,
-        "within": {name: is_within(found) for name, found in errors.items()},
+        "within": within,
     }
 
 
@@ -322,6 +327,29 @@ HEADER: Final = (
     "others' cores",
     "drift",
 )
+
+
+QUEUE_HEADER: Final = (
+    "trace",
+    "within",
+    "wait share, live",
+    "simulated",
+    "preemptions, live",
+    "simulated",
+)
+
+
+def queue_rows(
+    live: Mapping[str, Mapping[str, Any]],
+    simulated: Mapping[str, Mapping[str, Any]],
+    within: Mapping[str, bool],
+) -> list[list[object]]:
+    """Per trace, how much there was to schedule: without a queue, only step times are validated."""
+    return [
+        [name, "yes" if ok else "no"]
+        + [side[name][key] for key in ("wait_share", "preemptions") for side in (live, simulated)]
+        for name, ok in within.items()
+    ]
 
 
 def _rows(name: str, trials: Sequence[Trial]) -> list[list[object]]:

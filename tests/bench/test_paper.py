@@ -239,7 +239,11 @@ def test_promotion_keeps_its_promise_and_nothing_else_does():
 
 def test_the_page_says_how_far_the_simulator_is_from_the_live_engine():
     """One row per trace and load, with the errors as they were saved."""
-    summary = {"program_token_latency_ms": {"mean": 10.0, "p95": 20.0}}
+    summary = {
+        "program_token_latency_ms": {"mean": 10.0, "p95": 20.0},
+        "wait_share": 0.0012,
+        "preemptions": 7,
+    }
     result = {
         "load": 0.8,
         "live": {"chat": summary},
@@ -251,6 +255,8 @@ def test_the_page_says_how_far_the_simulator_is_from_the_live_engine():
 
     assert "0 of 1 runs" in html and "largest error is 20 %" in html
     assert "-4 %" in html and "+20 %" in html
+    assert "In 0 of them calls waited" in html
+    assert html.count("0.0012") == 2 and html.count(">7<") == 2
     assert paper_validation.section([]) == ""
 
 
