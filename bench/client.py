@@ -40,7 +40,7 @@ from urllib3 import HTTPResponse
 
 from autellix_sglang.client import flush, program, register
 from autellix_sglang.client.program import registry
-from bench.common import format_table, new_parser, run_benchmark, say
+from bench.common import format_table, from_one, new_parser, run_benchmark, say
 from bench.stats import percentile
 
 BAR_US: Final = 50.0
@@ -264,14 +264,16 @@ def table(result: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = new_parser("bench.client", __doc__)
     parser.add_argument("--quick", action="store_true", help="100 pairs of batches, not 1,000")
-    parser.add_argument("--programs", type=int, default=1000, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=4, help="per program (%(default)s)")
+    parser.add_argument("--programs", type=from_one, default=1000, help="default: %(default)s")
+    parser.add_argument("--rounds", type=from_one, default=4, help="per program (%(default)s)")
 
     def run(options: argparse.Namespace) -> dict[str, Any]:
         num_pairs = 100 if options.quick else 1000
         return benchmark(num_pairs, options.programs, options.rounds)
 
-    return run_benchmark(parser, argv, run, table)
+    return run_benchmark(
+        parser, argv, run, table, lambda result: not result["cross_talk"] + result["wrong_parents"]
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
@@ -134,18 +135,40 @@ def new_parser(name: str, text: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def positive(text: str) -> float:
+    """The type of an option that is a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def from_one(text: str) -> int:
+    """The type of an option that is a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
 def run_benchmark(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None,
     run: Callable[[argparse.Namespace], dict[str, Any]],
     table: Callable[[dict[str, Any]], str],
+    is_good: Callable[[dict[str, Any]], bool] = bool,
 ) -> int:
-    """Parse, run, print the result as a table and, with its provenance, as the last line."""
+    """Parse, run, print the result as a table and, with its provenance, as the last line.
+
+    Returns the exit status: 1 where the result is not good.
+    """
     started = time.perf_counter()
     result = run(parser.parse_args(argv))
     print(table(result))
     print_result(result | provenance(started))
-    return 0
+    return 0 if is_good(result) else 1
 
 
 class CpuMeter:

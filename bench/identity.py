@@ -10,6 +10,9 @@ ids. A program server runs all policies one after the other (PATCH /program_conf
 run it has to be empty: no program, no call, no host memory in use, and every KV token free or
 evictable. SGLang checks its pools for leaks whenever it is idle, and ends the server if it finds
 one.
+
+The exit status is 1 where an output differs, a call is lost or something is left behind, and also
+where no call was preempted, or none was swapped that should have been: that proves nothing.
 """
 
 from __future__ import annotations
@@ -20,16 +23,25 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from autellix_sglang.core.kv import KV_CHOICES
+from autellix_sglang.core.kv import KV_CHOICES, MIXED, Fate
 from bench import stats, synthetic, trace
-from bench.common import Progress, format_table, new_parser, print_result, provenance, say
+from bench.common import (
+    Progress,
+    format_table,
+    from_one,
+    new_parser,
+    positive,
+    print_result,
+    provenance,
+    say,
+)
 from bench.replay import ReplayOptions, replay
 from bench.server import (
     LEAKS,
@@ -63,6 +75,7 @@ OVERCOMMIT = {
     "SGLANG_TEST_RETRACT_INTERVAL": "9",
 }
 SWAPS = ("swaps_out", "swaps_in", "prefetches", "prefetch_hits")
+SWAPPING = (Fate.SWAP.value, MIXED)
 SUMS = ("retractions", "prefix_waits", *SWAPS, *LEAKS)
 OVERLAPS = {"both": (True, False), "on": (True,), "off": (False,)}
 
@@ -104,22 +117,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary = _summary(results, options.kv)
     print(_table(results))
     print_result({**summary, **provenance(started)})
-    is_clean = not any(summary[key] for key in (*LEAKS, "lost"))
-    return 0 if summary["identical"] and summary["ranks_agree"] and is_clean else 1
+    found = complaints(summary, options.kv)
+    for complaint in found:
+        say(f"error: {complaint}")
+    return 1 if found else 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser("bench.identity", __doc__)
     parser.add_argument("--quick", action="store_true", help="18 programs")
-    parser.add_argument("--programs", type=int, default=0, help="default: 18 with --quick, else 60")
-    parser.add_argument("--scale", type=float, default=0.15, help="multiply all token counts")
-    parser.add_argument("--max-running-requests", type=int, default=4, help="batch slots")
-    parser.add_argument("--kv-tokens", type=int, default=640, help="KV pool of each engine")
+    parser.add_argument("--programs", type=from_one, help="default: 18 with --quick, else 60")
+    parser.add_argument("--scale", type=positive, default=0.15, help="multiply all token counts")
+    parser.add_argument("--max-running-requests", type=from_one, default=4, help="batch slots")
+    parser.add_argument("--kv-tokens", type=from_one, default=640, help="KV pool of each engine")
     parser.add_argument("--kv", choices=KV_CHOICES, default="keep", help="what becomes of KV")
     parser.add_argument(
         "--host-memory", type=float, default=0.25, help="GiB of host pool on each engine"
     )
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of each engine")
+    parser.add_argument(
+        "--tp", type=from_one, default=1, help="tensor-parallel ranks of each engine"
+    )
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--overlap", choices=OVERLAPS, default="both", help="overlap scheduling")
     parser.add_argument("--seed", type=int, default=0)
@@ -244,6 +261,20 @@ def _summary(results: Sequence[Result], kv: str) -> dict[str, Any]:
             for result in results
         ],
     }
+
+
+def complaints(summary: Mapping[str, Any], kv: str) -> list[str]:
+    """What is wrong with the runs, or why they prove nothing."""
+    found = {
+        "outputs differ between runs": not summary["identical"],
+        "tensor-parallel ranks decided differently": not summary["ranks_agree"],
+        "calls were lost": summary["lost"],
+        "something was left behind": any(summary[key] for key in LEAKS),
+        "no call was preempted, so nothing is proven": not summary["preemptions"],
+        f"no call was swapped under --kv {kv}, so nothing is proven of swaps": kv in SWAPPING
+        and not (summary["swaps_out"] and summary["swaps_in"]),
+    }
+    return [what for what, is_so in found.items() if is_so]
 
 
 def _table(results: Sequence[Result]) -> str:

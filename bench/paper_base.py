@@ -9,7 +9,7 @@ direction and size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
@@ -39,6 +39,7 @@ THE_PAPER: Final = "p8"
 OBJECTIVES_MS: Final = (PAPER_LEVEL_MS, 500.0, 1000.0)  # the paper's Fig. 15
 MULTIPLES: Final = (2.0, 4.0)  # of the unloaded latency
 NOT_THERE: Final = "-"
+NO_WORSE: Final = 1.001  # as large a ratio as rounding leaves between equals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +60,7 @@ class Size:
     swap_loads: tuple[float, ...] = (1.2, 1.5, 2.0)
     starvation_minutes: float = 30.0
     passes: int = 20
-    chats: int = 100  # per replica
-    searches: int = 20  # per replica
+    replica_minutes: float = 3.0
     replicas: tuple[int, ...] = (1, 2, 4, 8)
     replica_loads: tuple[float, ...] = (0.4, 1.0, 1.3, 1.7, 2.2)
     slots: int = 64
@@ -81,8 +81,7 @@ QUICK: Final = Size(
     swap_loads=(1.5,),
     starvation_minutes=3.0,
     passes=3,
-    chats=15,
-    searches=4,
+    replica_minutes=1.0,
     replicas=(1, 2),
     replica_loads=(0.4, 2.0),
 )
@@ -136,6 +135,10 @@ def shown(value: float | None, digits: int = 3) -> str:
     return NOT_THERE if value is None else format_number(value, digits)
 
 
+def shown_spread(spread: tuple[Ratio, Ratio] | None) -> str:
+    return NOT_THERE if spread is None else " to ".join(map(str, spread))
+
+
 def span(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
     return f"{low:.0f}" if round(low) == round(high) else f"{low:.0f} to {high:.0f}"
@@ -177,6 +180,24 @@ class Sweep:
     def best(self, policy: str, baseline: str, statistic: str = "mean") -> Ratio | None:
         """The largest ratio at any level: the paper's "up to"."""
         return max(self.ratios(policy, baseline, statistic), default=None)
+
+    def spread(
+        self, policy: str, baseline: str, statistic: str = "mean"
+    ) -> tuple[Ratio, Ratio] | None:
+        """The smallest ratio that is no mere bound, if there is one, and the largest."""
+        found = self.ratios(policy, baseline, statistic)
+        known = [ratio for ratio in found if not ratio.is_least]
+        return (min(known or found), max(found)) if found else None
+
+    def slowest(self, policy: str, baselines: Iterable[str], statistic: str = "mean") -> float:
+        """The largest latency over any baseline's at one load, of all from 1 up."""
+        mine = self.curve(policy, statistic)
+        return max(
+            mine[load] / self.curve(baseline, statistic)[load]
+            for baseline in baselines
+            for load in mine
+            if load >= 1
+        )
 
     def at_paper_level(self, policy: str, baseline: str) -> Ratio | None:
         """The ratio at the tightest objective of the paper's Fig. 15."""

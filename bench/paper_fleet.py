@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from bench import charts
 from bench.charts import Series
 from bench.paper_base import (
-    NOT_THERE,
+    NO_WORSE,
     Figure,
     Findings,
     Results,
     Size,
     Sweep,
     shown,
+    shown_spread,
     verdict_of,
 )
 from bench.paper_runs import Cell, cell
@@ -40,8 +41,9 @@ def _placement(size: Size, name: str, workload: str, replicas: int, load: float)
         workload=workload,
         replicas=replicas,
         load=load,
-        programs=size.searches if workload == "tree" else size.chats,
+        minutes=size.replica_minutes,
         slots=size.slots,
+        largest=max(size.replica_loads),
     )
 
 
@@ -71,29 +73,31 @@ def _router_sweep(
 def _fig14_find(size: Size, results: Results) -> Findings:
     sweeps = {w: _router_sweep(size, results, w, FIG14_REPLICAS, ROUTERS) for w in FIG14_WORKLOADS}
     rows: list[tuple[object, ...]] = []
-    values: dict[str, list[float]] = {"sticky": [], "autellix": [], SRPT: []}
+    rates: dict[str, list[float]] = {"sticky": [], "autellix": [], SRPT: []}
+    slowest: list[float] = []
     for workload, sweep in sweeps.items():
         for baseline in ("round-robin", "least-used"):
-            found = {policy: sweep.best(policy, baseline) for policy in values}
-            for policy, one in found.items():
-                values[policy] += [one.value] if one else []
-            sticky, ours, srpt = (str(one or NOT_THERE) for one in found.values())
-            rows.append((workload, baseline, sticky, ours, "up to 1.4", srpt))
-    best = max(values["sticky"], default=None)
-    best_of_ours = max(values["autellix"], default=None)
+            slowest.append(sweep.slowest("sticky", [baseline]))
+            over = {policy: sweep.spread(policy, baseline) for policy in rates}
+            for policy, spread in over.items():
+                rates[policy] += [ratio.value for ratio in spread or ()]
+            sticky, ours, srpt = map(shown_spread, over.values())
+            rows.append((workload, baseline, sticky, slowest[-1], ours, "up to 1.4", srpt))
     load = max(size.replica_loads)
     chat = {p: sweeps["chat"].curve(p)[load] for p in ROUTERS}
     return Findings(
-        answer=f"{_rates(best, best_of_ours)} At load {load:g} a chat token takes"
+        answer=f"{_rates(rates['sticky'], rates['autellix'])} At load {load:g} a chat token takes"
         f" {shown(chat['round-robin'])} ms under round robin, {shown(chat['sticky'])} under sticky"
         f" and {shown(chat['autellix'])} under autellix.",
         verdict=verdict_of(
-            [(best or 0) >= 0.9 * 1.4, min(values["sticky"]) >= 1.0] if values["sticky"] else []
+            [max(rates["sticky"]) >= 0.9 * 1.4, max(slowest) <= NO_WORSE] if rates["sticky"] else []
         ),
-        remark="The router's own placement functions over simulated engines that all run plas (the"
-        " paper: PLAS and ATLAS everywhere); srpt is our placement over clairvoyant engines. Calls"
-        " with prompts of up to 2,048 tokens are not sticky in the paper's rule. The 70B half of"
-        " the figure is left out.",
+        remark="From the level of latency where rates compare worst to that where they do best;"
+        " 'slowest' is the largest latency of sticky over the other's at one load from 1 up."
+        f" Programs arrive for {size.replica_minutes:g} minutes. The router's own placement"
+        " functions over simulated engines that all run plas (the paper: PLAS and ATLAS"
+        " everywhere); srpt is our placement over clairvoyant engines. Calls with prompts of up to"
+        " 2,048 tokens are not sticky in the paper's rule. The 70B half of the figure is left out.",
         charts=tuple(
             charts.lines(
                 f"{workload}, {FIG14_REPLICAS} replicas",
@@ -105,7 +109,15 @@ def _fig14_find(size: Size, results: Results) -> Findings:
             )
             for workload, sweep in sweeps.items()
         ),
-        header=("workload", "rate over", "sticky (Algorithm 2)", "autellix", "the paper's", "srpt"),
+        header=(
+            "workload",
+            "rate over",
+            "sticky (Algorithm 2)",
+            "sticky, slowest",
+            "autellix",
+            "the paper's",
+            "srpt",
+        ),
         rows=tuple(rows),
         keys=tuple((css, router) for router, css in ROUTERS.items()),
         data={
@@ -115,12 +127,13 @@ def _fig14_find(size: Size, results: Results) -> Findings:
     )
 
 
-def _rates(sticky: float | None, ours: float | None) -> str:
-    if sticky is None or ours is None:
+def _rates(sticky: Sequence[float], ours: Sequence[float]) -> str:
+    if not sticky or not ours:
         return "Round robin and least used cross no level within the loads, so rates have no ratio."
     return (
-        f"The paper's sticky placement sustains up to {sticky:.2f} times the rate of round robin"
-        f" and least used on 4 replicas, our `autellix` placement up to {ours:.2f} times."
+        f"The paper's sticky placement sustains {min(sticky):.2f} to {max(sticky):.2f} times the"
+        f" rate of round robin and least used on {FIG14_REPLICAS} replicas, by the level, our"
+        f" `autellix` placement {min(ours):.2f} to {max(ours):.2f} times."
     )
 
 
@@ -147,17 +160,17 @@ def _fig15_find(size: Size, results: Results) -> Findings:
         for policy in FIG15_ROUTERS
     }
     first, last = size.replicas[0], size.replicas[-1]
-    one = rates["autellix"][first]
+    one, many = (rates["autellix"][n] for n in (first, last))
     load = max(size.replica_loads)
     alone, together = (sweeps[n].curve("autellix")[load] for n in (first, last))
     return Findings(
-        answer=f"At load {load:g} per replica a chat token takes {shown(alone)} ms on one replica"
-        f" and {shown(together)} ms on {last}, placed by autellix; the paper scales linearly to 8"
-        " replicas and about 30 programs per second.",
-        verdict=verdict_of([together <= 1.1 * alone]),
+        answer=f"{_growth(one, many, last)} At load {load:g} per replica a chat token takes"
+        f" {shown(alone)} ms on one replica and {shown(together)} ms on {last}, placed by autellix;"
+        " the paper scales linearly to 8 replicas and about 30 programs per second.",
+        verdict=verdict_of([many >= 0.9 * last / first * one] if one and many else []),
         remark="Its objectives of 0.3, 0.5 and 1 s per token are reached only in long overload, so"
         f" the level here is {FIG15_LEVEL} the unloaded latency of one replica. Engines and"
-        " srpt as in Fig. 14.",
+        f" srpt as in Fig. 14. Programs arrive for {size.replica_minutes:g} minutes.",
         charts=(
             charts.lines(
                 "Rate at equal latency",
@@ -193,6 +206,12 @@ def _fig15_find(size: Size, results: Results) -> Findings:
         keys=(*((ROUTERS[p], p) for p in FIG15_ROUTERS), ("p0", "linear")),
         data={"level_ms": at_ms, "rates": rates},
     )  # fmt: skip
+
+
+def _growth(one: float | None, many: float | None, replicas: int) -> str:
+    if not one or not many:
+        return "The level is not crossed within the loads, so no sustained rate is known."
+    return f"{replicas} replicas sustain {many / one:.2f} times the rate of one."
 
 
 def _sustained(sweep: Sweep, policy: str, at_ms: float) -> float | None:

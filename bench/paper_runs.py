@@ -327,20 +327,30 @@ def scheduler_pass(policy: str, waiting: int, running: int, repeats: int) -> Res
 
 
 def placement(
-    router: str, policy: str, workload: str, replicas: int, load: float, programs: int, slots: int
+    router: str,
+    policy: str,
+    workload: str,
+    replicas: int,
+    load: float,
+    minutes: float,
+    slots: int,
+    largest: float,
 ) -> Result:
     """Programs over many replicas (`bench.sim_fleet`), placed by the router's own function.
 
-    `policy` is that of every replica's engine; `programs` are per replica.
+    `policy` is that of every replica's engine; `load` and `largest` are per replica.
     """
-    setup = _setup(DEVICE, slots, 0.0)
-    plans = _generated(workload, programs * replicas)
-    rate = load * replicas * capacity(setup, plans)
+    window_s = 60 * minutes
+    full, plans, _ = _plans(workload, DEVICE, slots, window_s, largest * replicas)
+    setup = _setup(DEVICE, slots, window_s)
+    rate = load * replicas * full
+    arrivals = [t for t in poisson_arrivals(len(plans), rate, setup.seed) if t < window_s]
     fleet = SimFleet(router, replicas, setup.device, _scheduling(setup, policy), num_slots=slots)
-    run = fleet.run(plans, poisson_arrivals(len(plans), rate, setup.seed))
+    run = fleet.run(plans[: len(arrivals)], arrivals)
     return {
         "rate": rate,
         "latency_ms": distribution(p.token_latency_ms for p in run.programs),
+        "wait_share": wait_share(run),
         "prefix_hit_rate": prefix_hit_rate(run),
         "balance": fleet.balance,
     }

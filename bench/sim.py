@@ -35,7 +35,17 @@ from typing import Any, Final, NamedTuple
 from autellix_sglang.config import ProgramConfig, add_arguments, from_arguments
 from autellix_sglang.core.policy import POLICIES
 from autellix_sglang.errors import ConfigError
-from bench.common import ROOT, Progress, format_table, new_parser, print_result, provenance, say
+from bench.common import (
+    ROOT,
+    Progress,
+    format_table,
+    from_one,
+    new_parser,
+    positive,
+    print_result,
+    provenance,
+    say,
+)
 from bench.replay import poisson_arrivals
 from bench.sim_device import PRESETS, Device, DeviceError, attention_pairs, load_device
 from bench.sim_engine import BASELINES, Blueprint, Kinds, Kv, Scheduling, SimEngine, blueprint
@@ -458,17 +468,17 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--traces", nargs="+", type=Path, default=[], help="recorded files, mixed in equal parts")
     add("--policies", nargs="+", choices=known, help="default: all")
-    add("--loads", nargs="+", type=float, help="shares of the capacity (default: 0.5 to 3)")
-    add("--minutes", type=float, help="how long programs arrive (default: 20)")
+    add("--loads", nargs="+", type=positive, help="shares of the capacity (default: 0.5 to 3)")
+    add("--minutes", type=positive, help="how long programs arrive (default: 20)")
     add("--points", type=Path, help="measured batches of another device, in place of --device")
-    add("--slots", type=int, default=SLOTS, help="calls in a batch (default: %(default)s)")
-    add("--chunk", type=int, default=8192, help="prefill tokens per pass (%(default)s)")
+    add("--slots", type=from_one, default=SLOTS, help="calls in a batch (default: %(default)s)")
+    add("--chunk", type=from_one, default=8192, help="prefill tokens per pass (%(default)s)")
     add("--kv", type=Kv, choices=Kv, default=Kv.KEEP, metavar="{keep,swap,drop}",
         help="what becomes of a preempted call's KV (default: keep)")  # fmt: skip
     add("--kinds", type=Kinds, choices=Kinds, default=Kinds.PROMPT, metavar="{prompt,name,none}",
         help="what the server sees of a program's kind (default: prompt)")  # fmt: skip
-    add("--scale", type=float, default=1.0, help="factor on recorded token counts")
-    add("--max-calls", type=int, help="cut recorded programs off after this many calls")
+    add("--scale", type=positive, default=1.0, help="factor on recorded token counts")
+    add("--max-calls", type=from_one, help="cut recorded programs off after this many calls")
     add("--gap-scale", type=float, default=1.0, help="factor on recorded tool and user times")
     add("--seed", type=int, default=SEED, help="default: %(default)s")
     add_arguments(out)

@@ -216,7 +216,8 @@ class _Replica(SimEngine):
         self._load = None
         self._finish_leap(now_s)
         if program.number not in self._visits:
-            visit = SimProgram(program.number, program.plan, now_s, 0.0, program.num_waits)
+            total = program.plan.total_steps(self.weight) if self._is_clairvoyant else 0.0
+            visit = SimProgram(program.number, program.plan, now_s, total, program.num_waits)
             visit.records = program.records
             self._visits[program.number] = visit
         self.num_calls += 1

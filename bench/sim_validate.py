@@ -11,6 +11,8 @@ right before and right after it. The simulation has the server's own settings. A
 simulated number over the live one, less one. The drift is by how much longer batches took after a
 trace than before it: where it is large, the machine was not the same, and the error says little.
 With `--repeat` the traces take turns, and the median error of each number counts.
+Beside each verdict stands how long calls waited and how many were preempted: where they hardly
+waited, the step times are validated and the order of calls is not.
 Nothing is fitted to the replays themselves. Without `--trace` the built-in chat, react and tree
 workloads are used.
 
@@ -18,7 +20,7 @@ What the simulator is not told: how the engine overlaps its work with the client
 cores, and the tokens themselves (prefixes are shared by length).
 
 The last line of stdout is one JSON object; `bench.sim` shows `errors` of the file of results that
-`--save` writes.
+`--save` writes. The exit status is 1 where a trace is not within the bar.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -38,7 +40,16 @@ from typing import Any, Final
 from autellix_sglang.config import ProgramConfig
 from autellix_sglang.core.policy import POLICIES
 from bench import serve, synthetic, trace
-from bench.common import CpuMeter, format_table, new_parser, print_result, provenance, say
+from bench.common import (
+    CpuMeter,
+    format_table,
+    from_one,
+    new_parser,
+    positive,
+    print_result,
+    provenance,
+    say,
+)
 from bench.replay import poisson_arrivals
 from bench.serve import ServeOptions
 from bench.server import Endpoint, Server, ServerError, policy_servers, server_info
@@ -189,12 +200,12 @@ def parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="8 programs of 12 calls per trace")
     add("--trace", action="append", type=Path, default=[], help="each is validated by itself")
     add("--policy", choices=POLICIES, default=ProgramConfig().policy, help="default: %(default)s")
-    add("--load", type=float, default=1.2, help="share of the capacity (default: %(default)s)")
-    add("--programs", type=int, default=24, help="per trace (default: %(default)s)")
-    add("--max-calls", type=int, default=40, help="per program (default: %(default)s)")
-    add("--scale", type=float, default=0.25, help="factor on token counts (default: %(default)s)")
-    add("--slots", type=int, default=8, help="calls in a batch (default: %(default)s)")
-    add("--repeat", type=int, default=1, help="times each, in turn (default: %(default)s)")
+    add("--load", type=positive, default=1.2, help="share of the capacity (default: %(default)s)")
+    add("--programs", type=from_one, default=24, help="per trace (default: %(default)s)")
+    add("--max-calls", type=from_one, default=40, help="per program (default: %(default)s)")
+    add("--scale", type=positive, default=0.25, help="factor on token counts (%(default)s)")
+    add("--slots", type=from_one, default=8, help="calls in a batch (default: %(default)s)")
+    add("--repeat", type=from_one, default=1, help="times each, in turn (default: %(default)s)")
     add("--seed", type=int, default=1, help="default: %(default)s")
     add("--save", type=Path, help="write the JSON object to this file as well")
     return out
@@ -215,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.save:
         options.save.write_text(json.dumps(result, indent=1) + "\n")
     print_result(result)
-    return 0
+    return 0 if all(result["within"].values()) else 1
 
 
 def validate(options: argparse.Namespace) -> dict[str, Any]:
@@ -232,15 +243,18 @@ def validate(options: argparse.Namespace) -> dict[str, Any]:
                 trials.setdefault(name, []).append(bench.trial(mix))
     errors = {name: median_errors(tried) for name, tried in trials.items()}
     print(format_table(HEADER, [row for name in trials for row in _rows(name, trials[name])]))
+    live = {name: combine([t.live for t in tried]) for name, tried in trials.items()}
+    simulated = {name: combine([t.simulated for t in tried]) for name, tried in trials.items()}
+    within = {name: is_within(found) for name, found in errors.items()}
+    print()
+    print(format_table(QUEUE_HEADER, queue_rows(live, simulated, within)))
     return {
         "policy": options.policy,
         "load": options.load,
         "scale": options.scale,
         "slots": options.slots,
-        "live": {name: combine([t.live for t in tried]) for name, tried in trials.items()},
-        "simulated": {
-            name: combine([t.simulated for t in tried]) for name, tried in trials.items()
-        },
+        "live": live,
+        "simulated": simulated,
         "errors": errors,
         "trials": {
             name: [
@@ -256,7 +270,7 @@ def validate(options: argparse.Namespace) -> dict[str, Any]:
             for name, tried in trials.items()
         },
         "bar": BAR,
-        "within": {name: is_within(found) for name, found in errors.items()},
+        "within": within,
     }
 
 
@@ -313,6 +327,29 @@ HEADER: Final = (
     "others' cores",
     "drift",
 )
+
+
+QUEUE_HEADER: Final = (
+    "trace",
+    "within",
+    "wait share, live",
+    "simulated",
+    "preemptions, live",
+    "simulated",
+)
+
+
+def queue_rows(
+    live: Mapping[str, Mapping[str, Any]],
+    simulated: Mapping[str, Mapping[str, Any]],
+    within: Mapping[str, bool],
+) -> list[list[object]]:
+    """Per trace, how much there was to schedule: without a queue, only step times are validated."""
+    return [
+        [name, "yes" if ok else "no"]
+        + [side[name][key] for key in ("wait_share", "preemptions") for side in (live, simulated)]
+        for name, ok in within.items()
+    ]
 
 
 def _rows(name: str, trials: Sequence[Trial]) -> list[list[object]]:

@@ -21,12 +21,14 @@ import gzip
 import json
 import math
 import random
+import sys
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, TypeGuard
 
 Marks = tuple[tuple[int, int], ...]
 
@@ -182,7 +184,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
 def _lines(lines: IO[str], path: Path) -> Iterator[str]:
     try:
         yield from lines
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
         raise TraceError(f"{path}: not readable as (gzipped) UTF-8 text: {error}") from error
 
 
@@ -190,7 +192,7 @@ def parse_record(line: str, where: str) -> Record:
     """One line as a JSON object; raises `TraceError`."""
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of too many digits, or too deep
         raise TraceError(f"{where}: not JSON: {error}") from error
     return Record(value, where)
 
@@ -293,8 +295,7 @@ class Record:
         value = self._value.get(field)
         if value is None:
             return None
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value < 0 or value != int(value):
+        if not _is_number(value) or value < 0 or value != int(value):
             raise self.error(field, f"expected a whole number >= 0, got {value!r}")
         return int(value)
 
@@ -308,8 +309,7 @@ class Record:
         value = self._value.get(field)
         if value is None:
             return None
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
+        if not _is_number(value):
             raise self.error(field, f"expected seconds or null, got {value!r}")
         return float(value)
 
@@ -333,6 +333,13 @@ class Record:
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise self.error(field, f"expected a string or an integer, got {value!r}")
         return str(value)
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is one that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 # --- scaling ------------------------------------------------------------------------------------

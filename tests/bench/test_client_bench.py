@@ -25,6 +25,8 @@ def test_prints_the_promised_json(
     assert (result["programs"], result["cross_talk"], result["wrong_parents"]) == (50, 0, 0)
     assert result["calls"] >= 50 * 3 * 2
     assert result["sessions"] == {"start": 50, "end": 50, "all_sent": True}
+    small["cross_talk"] = 1
+    assert client.main(["--quick"]) == 1
 
 
 async def test_a_witness_sees_cross_talk() -> None:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from bench import common
+from bench import common, gittins, identity, router, sim, sim_validate
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,33 @@ def test_progress_without_a_terminal_is_a_line_every_ten_seconds(capsys):
             progress.advance()
 
     assert capsys.readouterr().err.splitlines() == ["  run: 2 of 5", "  run: 4 of 5"]
+
+
+@pytest.mark.parametrize(
+    ("main", "line", "expected"),
+    [
+        (sim.main, "--chunk 0", "a whole number from 1, got '0'"),
+        (sim.main, "--slots 0", "a whole number from 1, got '0'"),
+        (sim.main, "--loads 1 0", "a number above 0, got '0'"),
+        (sim.main, "--loads nan", "a number above 0, got 'nan'"),
+        (sim.main, "--loads inf", "a number above 0, got 'inf'"),
+        (sim.main, "--minutes=-1", "a number above 0, got '-1'"),
+        (sim.main, "--minutes nan", "a number above 0, got 'nan'"),
+        (gittins.main, "--seeds 0", "a whole number from 1, got '0'"),
+        (router.main, "--replicas 0", "a whole number from 1, got '0'"),
+        (identity.main, "--programs=-3", "a whole number from 1, got '-3'"),
+        (sim_validate.main, "--load many", "a number above 0, got 'many'"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_in_one_line(main, line, expected, capsys):
+    """The last line names the flag and what it takes; nothing is run."""
+    with pytest.raises(SystemExit) as refused:
+        main(line.split())
+
+    assert refused.value.code == 2
+    flag = line.replace("=", " ").split()[0]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"error: argument {flag}: expected {expected}")
 
 
 def test_progress_can_be_a_bar(capsys):

@@ -72,7 +72,7 @@ def test_a_verdict_is_of_the_median_over_seeds():
     """One bad seed of three does not miss a bar, two do; the worst is told in either case."""
     limit = Limit(("program_response_s", "p99"), "fcfs", 1.0)
     once, twice = (
-        Verdict("mixed", 1.0, limit, values) for values in [(0.8, 1.5, 0.9), (1.1, 0.9, 1.2)]
+        Verdict("mixed", 1.0, limit, values, 0.5) for values in [(0.8, 1.5, 0.9), (1.1, 0.9, 1.2)]
     )
 
     assert (once.value, once.worst, once.is_met) == (0.9, 1.5, True)
@@ -80,13 +80,24 @@ def test_a_verdict_is_of_the_median_over_seeds():
     assert once.row()[-1] == "met"
 
 
+def test_a_cell_without_a_queue_is_marked():
+    """Where stock order hardly makes a call wait, to be met says little, and the row says that."""
+    limit = Limit(("program_response_s", "p99"), "fcfs", 1.0)
+    idle = Verdict("chat", 0.8, limit, (1.0,), 0.002)
+
+    assert idle.row()[-2:] == [0.002, "met, no queue"]
+    assert idle.as_json()["verdict"] == "met" and idle.as_json()["has_queue"] is False
+
+
 def test_the_command_judges_every_bar(capsys):
     """A short run says value and verdict of each bar, and counts the missed ones."""
     argv = ["--minutes", "0.3", "--loads", "1.5", "--seeds", "1", "--slots", "4"]
-    assert main(argv) == 0
+    status = main(argv)
 
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert status == (result["num_missed"] > 0)
     named = Counter(bar["case"] for bar in result["bars"])
     assert named == {"mixed": 2, "chat": 1, "react": 1, "tree": 1, "swap": 1, "grow": 1}
     assert result["num_missed"] == sum(bar["verdict"] == "missed" for bar in result["bars"])
     assert all(bar["value"] > 0 for bar in result["bars"])
+    assert result["num_without_queue"] == sum(not bar["has_queue"] for bar in result["bars"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from bench.identity import Result, _summary
+import pytest
+
+from bench.identity import Result, _summary, complaints
 
 
 def test_one_different_hash_is_not_identical() -> None:
@@ -11,6 +13,26 @@ def test_one_different_hash_is_not_identical() -> None:
     summary = _summary(same, "keep")
     assert (summary["identical"], summary["preemptions"]) == (True, 5)
     assert not _summary([*same, Result("atlas", True, "b", 5, 0)], "keep")["identical"]
+
+
+@pytest.mark.parametrize(
+    ("kv", "preemptions", "swaps", "complaint"),
+    [
+        ("keep", 3, 0, []),
+        ("swap", 3, 2, []),
+        ("keep", 0, 0, ["no call was preempted, so nothing is proven"]),
+        ("swap", 3, 0, ["no call was swapped under --kv swap, so nothing is proven of swaps"]),
+    ],
+)
+def test_identity_of_nothing_is_no_success(
+    kv: str, preemptions: int, swaps: int, complaint: list[str]
+) -> None:
+    """Without a preemption, or without a swap under `swap`, equal outputs prove nothing."""
+    runs = [
+        Result("off", True, "a", 0, 0),
+        Result("plas", True, "a", preemptions, 0, swaps_out=swaps, swaps_in=swaps),
+    ]
+    assert complaints(_summary(runs, kv), kv) == complaint
 
 
 def test_leaks_and_losses_add_up() -> None:

@@ -11,7 +11,7 @@ from bench.charts import Series
 from bench.paper import FIGURES, Store, render, run_cells
 from bench.paper_base import VERDICTS, Size, Sweep
 from bench.paper_engine import PAPER_WAITS, _fig2_srpt, _fig2_timeline
-from bench.paper_runs import cell, load_run, offline, starvation, swap, without_cache
+from bench.paper_runs import cell, load_run, offline, placement, starvation, swap, without_cache
 
 TINY = Size(
     minutes=0.5,
@@ -27,8 +27,7 @@ TINY = Size(
     swap_loads=(1.5,),
     starvation_minutes=2.0,
     passes=1,
-    chats=4,
-    searches=2,
+    replica_minutes=0.5,
     replicas=(1, 2),
     replica_loads=(0.5, 3.0),
     slots=8,
@@ -133,6 +132,70 @@ def test_rates_at_equal_latency_are_bounded_where_a_curve_does_not_cross():
     assert sweep.best("fcfs", "fcfs").value == pytest.approx(1.0)
 
 
+class Curves(dict):
+    """Results of cells that were never run: a latency by what the cell asks for."""
+
+    def __init__(self, latency_ms):
+        super().__init__()
+        self.latency_ms = latency_ms
+
+    def __missing__(self, wanted):
+        asked = dict(wanted.arguments)
+        ms = self.latency_ms(**asked)
+        rate = asked["load"] * asked.get("replicas", 1)
+        return {"rate": rate, "latency_ms": dict.fromkeys(("mean", "p95", "p99"), ms)}
+
+
+@pytest.mark.parametrize(
+    ("at_3", "num_better", "verdict"), [(10.0, 8, "agrees"), (200.0, 0, "partly")]
+)
+def test_tails_are_judged_at_every_load(at_3, num_better, verdict):
+    """To be far ahead at one level is not enough where another load is worse."""
+    theirs = {0.5: 10.0, 1.0: 30.0, 2.0: 60.0, 3.0: 110.0}
+    ours = {0.5: 10.0, 1.0: 10.0, 2.0: 10.0, 3.0: at_3}
+
+    def latency_ms(policy, load, **_):
+        return (theirs if policy in ("fcfs", "mlfq", "vllm") else ours)[load]
+
+    size = Size(loads=tuple(theirs), slots=8)
+    found = FIGURES["13"].find(size, Curves(latency_ms))
+
+    assert found.verdict == verdict
+    assert f"in {num_better} of 8 scenarios" in found.answer
+    assert re.search(r"[\d.]+ to [\d.]+ times their rate", found.answer)
+
+
+@pytest.mark.parametrize("number", ["14", "15"])
+def test_replicas_that_never_queue_are_nothing_to_compare(number):
+    """Where no curve crosses the level there is no rate, and no agreement."""
+    found = FIGURES[number].find(TINY, Curves(lambda **_: 10.0))
+
+    assert found.verdict == "nothing to compare"
+
+
+def test_many_replicas_have_to_sustain_as_many_times_the_rate():
+    """Linear where all curves cross the level at one load, not where many cross it sooner."""
+
+    def verdict(crossing):
+        size = Size(replicas=(1, 8), replica_loads=(0.5, 1.0, 2.0))
+        found = FIGURES["15"].find(
+            size, Curves(lambda replicas, load, **_: 50.0 if load >= crossing[replicas] else 10.0)
+        )
+        return found.verdict
+
+    assert verdict({1: 1.0, 8: 1.0}) == "agrees"
+    assert verdict({1: 2.0, 8: 1.0}) == "disagrees"
+
+
+def test_replicas_are_loaded_for_minutes():
+    """So many programs come to two replicas at twice the load of one that calls have to wait."""
+    size = {"minutes": 1.0, "slots": 8, "largest": 4.0, "policy": "plas", "workload": "chat"}
+    low, high = (placement("autellix", replicas=2, load=load, **size) for load in (0.5, 4.0))
+
+    assert high["rate"] == pytest.approx(8 * low["rate"])
+    assert low["wait_share"] < 0.05 < 0.5 < high["wait_share"]
+
+
 def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path):
     """Finished simulations of the same version are read back; others are done again."""
     cells = [cell("hits", workload="chat", programs=n) for n in (2, 3)]
@@ -176,7 +239,11 @@ def test_promotion_keeps_its_promise_and_nothing_else_does():
 
 def test_the_page_says_how_far_the_simulator_is_from_the_live_engine():
     """One row per trace and load, with the errors as they were saved."""
-    summary = {"program_token_latency_ms": {"mean": 10.0, "p95": 20.0}}
+    summary = {
+        "program_token_latency_ms": {"mean": 10.0, "p95": 20.0},
+        "wait_share": 0.0012,
+        "preemptions": 7,
+    }
     result = {
         "load": 0.8,
         "live": {"chat": summary},
@@ -188,6 +255,8 @@ def test_the_page_says_how_far_the_simulator_is_from_the_live_engine():
 
     assert "0 of 1 runs" in html and "largest error is 20 %" in html
     assert "-4 %" in html and "+20 %" in html
+    assert "In 0 of them calls waited" in html
+    assert html.count("0.0012") == 2 and html.count(">7<") == 2
     assert paper_validation.section([]) == ""
 
 

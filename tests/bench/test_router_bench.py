@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -42,11 +43,18 @@ def test_engine_evicts_the_oldest_prefix():
     assert engine.kv_used_tokens == 8 * BLOCK_TOKENS
 
 
+def run(arguments, capsys):
+    """The result of a run, whose exit status says whether a bar was missed."""
+    status = router.main(arguments)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert status == ("missed" in [verdict for *_, verdict in result["bars"]])
+    return result
+
+
 def test_placement_ends_in_tables_and_one_line_of_json(capsys):
     """The last line is the contract's JSON object, with a row per workload, size and policy."""
     asked = ["--quick", "--minutes", "0.1", "--replicas", "2", "--only", "placement", "scaling"]
-    assert router.main(asked) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result = run(asked, capsys)
     assert len(result["results"]) == len(router.QUICK_KINDS) * len(POLICY_NAMES)
     assert {"command", "commit", "hardware", "versions", "seconds"} <= result.keys()
     assert result["results"][0]["autellix_over_this"] == 1
@@ -59,9 +67,8 @@ def test_mix_is_one_workload_of_equal_parts(tmp_path, capsys):
     assert Counter(program.kind for program in programs) == {"react": 5, "chat": 5}
     asked = ["--quick", "--minutes", "0.1", "--replicas", "2", "--policies", "sticky"]
     out = tmp_path / "mix.json"
-    assert router.main([*asked, "--only", "placement", "--mix", "--out", str(out)]) == 0
-    result = json.loads(out.read_text())
-    assert result == json.loads(capsys.readouterr().out.splitlines()[-1])
+    result = run([*asked, "--only", "placement", "--mix", "--out", str(out)], capsys)
+    assert result == json.loads(out.read_text())
     assert [(row["workload"], row["policy"]) for row in result["results"]] == [
         ("mix", "autellix"),
         ("mix", "sticky"),
@@ -71,8 +78,7 @@ def test_mix_is_one_workload_of_equal_parts(tmp_path, capsys):
 def test_pooled_replicas_bound_what_placement_wins(capsys):
     """One engine of their width is the quickest; with one replica it is that replica."""
     asked = ["--quick", "--minutes", "0.5", "--replicas", "4", "1", "--only", "placement"]
-    assert router.main([*asked, "--policies", "least-used", "pooled"]) == 0
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    rows = run([*asked, "--policies", "least-used", "pooled"], capsys)["results"]
     mean = {
         (r["workload"], r["replicas"], r["policy"]): r["program_token_latency_ms"]["mean"]
         for r in rows
@@ -97,6 +103,52 @@ def test_sustained_rate_is_where_latency_has_doubled():
     assert router.sustained(rows) == found
 
 
+def scaling_rows(doubles_at):
+    """One replica whose latency doubles at a load, or never; eight that are twice as slow."""
+    return [
+        {
+            "replicas": size,
+            "rate": size * load,
+            "program_token_latency_ms": {"mean": ms * (3 if load >= doubles_at else 1)},
+        }
+        for size, ms in ((1, 10), (8, 19))
+        for load in router.SCALING_LOADS
+    ]
+
+
+def test_rates_that_were_merely_tried_are_not_sustained():
+    """Where one replica never doubles its latency the bar is open, not met by what was tried."""
+    rates = router.sustained(scaling_rows(math.inf))
+    assert rates == {1: None, 8: None}
+    [(_, value, _, verdict)] = router.bars([], rates, None, [])
+    assert (value, verdict) == (None, "open")
+    [(_, value, _, verdict)] = router.bars([], router.sustained(scaling_rows(1.1)), None, [])
+    assert (value < 0.95, verdict) == (True, "missed")
+
+
+@pytest.mark.parametrize(
+    ("doubles_at", "more"), [(1.0, []), (2.0, [{1.5}, {2.0}]), (9.0, [{1.5}, {2.0}, {3.0}])]
+)
+def test_higher_loads_are_tried_until_one_replica_is_too_slow(doubles_at, more, monkeypatch):
+    """Load by load, as many as it takes, and no more than there are."""
+    asked = []
+
+    def run_all(tasks):
+        asked.append({task.load for task in tasks})
+        return [
+            {
+                "replicas": task.num_replicas,
+                "rate": task.num_replicas * task.load,
+                "program_token_latency_ms": {"mean": 10 if task.load < doubles_at else 40},
+            }
+            for task in tasks
+        ]
+
+    monkeypatch.setattr(router, "run_all", run_all)
+    router.measure_scaling(router.parser().parse_args(["--quick"]), ("react",))
+    assert asked == [set(router.SCALING_LOADS), *more]
+
+
 def test_overhead_is_measured_on_real_processes(monkeypatch):
     """Router and replica are started, and calls, streams and slow readers pass through them."""
     monkeypatch.setattr(routing_overhead, "CALLERS", 2)
@@ -118,8 +170,7 @@ def test_live_runs_are_of_real_processes(monkeypatch, capsys):
     """Without sglang-router ours is measured alone: no call is lost, and placement is worth it."""
     monkeypatch.setattr(routing_live, "_is_installed", lambda python: False)
     asked = ["--only", "live", "--minutes", "0.05", "--repeats", "1", "--replicas", "2"]
-    assert router.main(asked) == 0
-    ours, in_turn = json.loads(capsys.readouterr().out.splitlines()[-1])["live"]
+    ours, in_turn = run(asked, capsys)["live"]
     assert (ours["policy"], in_turn["policy"]) == ("autellix", "round-robin")
     assert ours["lost"] == in_turn["lost"] == 0
     assert ours["prefix_hit_rate"] > in_turn["prefix_hit_rate"]

@@ -8,6 +8,7 @@ from autellix_sglang.config import ProgramConfig
 from autellix_sglang.router.balance import Call, Programs, Worker
 from bench import synthetic
 from bench.replay import poisson_arrivals
+from bench.sim import Setup
 from bench.sim_device import PRESETS
 from bench.sim_engine import Scheduling, SimEngine, blueprint
 from bench.sim_fleet import POLICY_NAMES, CacheAware, SimFleet
@@ -40,12 +41,16 @@ def test_every_call_runs_once(policy):
         assert replica.table.num_live_calls == 0
 
 
-def test_one_replica_is_the_simulators_engine():
-    """With one replica there is nothing to place: results are those of `SimEngine` itself."""
+@pytest.mark.parametrize("scheduling", [SCHEDULING, Setup(device=DEVICE).scheduling("srpt")])
+def test_one_replica_is_the_simulators_engine(scheduling):
+    """With one replica there is nothing to place: results are those of `SimEngine` itself.
+
+    Of the clairvoyant order, too, which has to be told how long programs are.
+    """
     programs, arrivals = plans("chat", 30), poisson_arrivals(30, 1.0, seed=3)
-    fleet = SimFleet("autellix", 1, DEVICE, SCHEDULING, num_slots=8)
+    fleet = SimFleet("autellix", 1, DEVICE, scheduling, num_slots=8)
     mine = fleet.run(programs, arrivals)
-    engine = SimEngine(DEVICE, SCHEDULING, num_slots=8).run(programs, arrivals)
+    engine = SimEngine(DEVICE, scheduling, num_slots=8).run(programs, arrivals)
     for one, other in zip(mine.programs, engine.programs, strict=True):
         assert one.response_s == pytest.approx(other.response_s, rel=1e-9)
     assert summarize(mine)["prefix_hit_rate"] == pytest.approx(

@@ -10,6 +10,7 @@ from bench.sim_validate import (
     is_within,
     median_errors,
     parser,
+    queue_rows,
     require_complete,
     setup_of,
 )
@@ -50,6 +51,15 @@ def test_of_repeated_trials_the_median_error_counts():
         "p95": pytest.approx(-0.05),
     }
     assert is_within(errors)
+
+
+def test_beside_a_verdict_stands_how_much_there_was_to_schedule():
+    """To be within the bar says little of the order of calls where none waited."""
+    live, simulated = {"wait_share": 0.001, "preemptions": 0}, {"wait_share": 0.3, "preemptions": 2}
+
+    [row] = queue_rows({"chat": live}, {"chat": simulated}, {"chat": True})
+
+    assert row == ["chat", "yes", 0.001, 0.3, 0, 2]
 
 
 def test_the_setup_is_the_servers():

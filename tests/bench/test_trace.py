@@ -145,6 +145,12 @@ def test_errors_name_file_line_and_field(tmp_path, change, field, reason):
         ('{"id": "x", "calls": []}', ":1: calls: expected a list of one or more calls"),
         ('{"calls": [{"id": 0, "prompt_tokens": 1, "output_tokens": 1}]}', ":1: id: is missing"),
         ("", ": no programs in the file"),
+        ("[" * 100_000, ":1: not JSON"),
+        (f'{{"id": {"9" * 5000}}}', ":1: not JSON"),
+        (
+            f'{{"id": 0, "calls": [{{"id": 0, "prompt_tokens": {"9" * 400}}}]}}',
+            ":1: calls[0].prompt_tokens: expected a whole number",
+        ),
     ],
 )
 def test_lines_that_are_no_programs_are_errors(tmp_path, line, words):
@@ -162,6 +168,17 @@ def test_a_truncated_gzip_file_is_an_error(tmp_path):
     """A damaged archive names the file and is not taken for a short trace."""
     path = write(tmp_path / "t.jsonl.gz", *[CHAIN] * 50)
     path.write_bytes(path.read_bytes()[:-20])
+
+    with pytest.raises(TraceError, match=r"t\.jsonl\.gz: not readable"):
+        load(path)
+
+
+def test_a_damaged_gzip_file_is_an_error(tmp_path):
+    """Bytes that cannot be inflated are no traceback."""
+    path = write(tmp_path / "t.jsonl.gz", *[CHAIN] * 50)
+    content = bytearray(path.read_bytes())
+    content[10 + len("t.jsonl") + 1] ^= 0xFF
+    path.write_bytes(content)
 
     with pytest.raises(TraceError, match=r"t\.jsonl\.gz: not readable"):
         load(path)
