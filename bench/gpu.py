@@ -125,7 +125,7 @@ class GpuOptions:
 
     device: str = "cuda"
     policies: tuple[str, ...] = POLICIES
-    loads: tuple[float, ...] = (0.8, 1.3)
+    loads: tuple[float, ...] = (0.8, 1.0, 1.3)
     minutes: float = 18.0
     calibration_s: float = 20.0
     trace: tuple[str, ...] = ()
@@ -370,7 +370,7 @@ def parse_options(argv: Sequence[str]) -> tuple[GpuOptions, argparse.Namespace]:
     add("--policies", type=_names, default=default.policies, metavar="P,P",
         help=f"default: {','.join(default.policies)}; ratios are to the first")  # fmt: skip
     add("--loads", type=_loads, default=default.loads, metavar="L,L",
-        help="relative to the measured capacity; default: 0.8,1.3")  # fmt: skip
+        help="relative to the measured capacity; default: 0.8,1,1.3")  # fmt: skip
     add("--minutes", type=float, default=default.minutes, help="for all of it (%(default)s)")
     add("--calibration-s", type=float, default=default.calibration_s, help="(%(default)s)")
     add("--trace", action="append", default=[], metavar="FILE", help="repeat it for a mix")
