@@ -146,8 +146,11 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
         return req
 
     def _add_request_to_queue(self, req: Any, is_retracted: bool = False) -> None:
+        self.num_retractions += is_retracted  # by SGLang: the planner's victims come to `_queue`
+        self._queue(req, is_retracted)
+
+    def _queue(self, req: Any, is_retracted: bool) -> None:
         call = call_of(req)
-        self.num_retractions += is_retracted
         super()._add_request_to_queue(req, is_retracted=is_retracted)
         if not self.waiting_queue or self.waiting_queue[-1] is not req:
             return  # SGLang has refused it, and told the client
@@ -257,7 +260,7 @@ class ProgramScheduler(Scheduler):  # type: ignore[misc]  # SGLang is untyped
             next_plan.running_batch.batch_is_full = False  # they are due before anybody leaves
         for req in victims:
             # Only now: readmitted in the same pass, a victim would meet its own result in flight.
-            self._add_request_to_queue(req, is_retracted=True)
+            self._queue(req, is_retracted=True)
         admitted = _with_prefix_lens(next_plan.batch_to_run)
         self._note_admission(next_plan, admitted)
         self._digest(victims, admitted)
