@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import importlib.metadata
 import logging
 import os
 import signal
@@ -20,7 +19,12 @@ from typing import Any, Final, NoReturn
 
 from autellix_sglang import __version__, platform
 from autellix_sglang.config import ENV_VAR, ProgramConfig, add_arguments, flag_of, from_arguments
-from autellix_sglang.engine.support import check_installed, check_supported, check_version
+from autellix_sglang.engine.support import (
+    check_installed,
+    check_supported,
+    check_version,
+    installed_version,
+)
 from autellix_sglang.errors import AutellixError, ConfigError, PortInUseError
 from autellix_sglang.patches import torchvision_ops
 from autellix_sglang.router.config import (
@@ -256,11 +260,7 @@ def _report(error: object) -> int:
 
 
 def _versions() -> str:
-    try:
-        found = importlib.metadata.version("sglang")
-    except importlib.metadata.PackageNotFoundError:
-        found = "is not installed"
-    return f"autellix_sglang {__version__} (sglang {found})"
+    return f"autellix_sglang {__version__} (sglang {installed_version() or 'is not installed'})"
 
 
 def _print_sglang_help() -> int:

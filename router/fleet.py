@@ -303,9 +303,9 @@ def free_ports(count: int, besides: int = 0) -> list[int]:
     with ExitStack() as probes:
         while len(ports) < count:
             port = random.randrange(*PORTS)
+            if port == besides:
+                continue
             with suppress(OSError):
-                if port == besides:
-                    continue
                 probes.enter_context(socket.create_server(("127.0.0.1", port)))
                 ports.append(port)
     return ports

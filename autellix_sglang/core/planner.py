@@ -157,7 +157,7 @@ class Planner:
             taken: list[Call] = []
             slots_then, kv_then = slots, kv_tokens
             while (slots_then < 1 or kv_then < demand.kv_tokens) and candidates:
-                if candidates[-1].level <= call.level:
+                if candidates[-1].level <= call.level or self.patience(call, num_running) > 0:
                     break
                 victim = candidates.pop()
                 taken.append(victim)
@@ -165,8 +165,6 @@ class Planner:
                 kv_then += engine.holding(victim)
             if slots_then < 1 or kv_then < demand.kv_tokens:
                 break  # even all worse calls together do not make room: leave them alone
-            if taken and self.patience(call, num_running) > 0:
-                break
             chosen += taken
             slots = slots_then - 1
             kv_tokens = kv_then - demand.kv_tokens

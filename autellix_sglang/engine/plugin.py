@@ -33,7 +33,7 @@ from functools import partial
 from typing import Any, Final, NoReturn
 
 from autellix_sglang import __version__
-from autellix_sglang.config import ENV_VAR, OFF, ProgramConfig, parse_setting
+from autellix_sglang.config import ENV_VAR, OFF, ProgramConfig, flag_of, parse_setting
 from autellix_sglang.core.kv import default_host_gib
 from autellix_sglang.engine.support import check_supported, check_version
 from autellix_sglang.errors import ActivationError, AutellixError, ConfigError
@@ -86,8 +86,8 @@ def config_from_environ(environ: Mapping[str, str]) -> ProgramConfig:
     try:
         return ProgramConfig(**values)
     except ConfigError as error:
-        name = error.field.removeprefix("--program-").replace("-", "_").upper()
-        raise ConfigError(ENV_PREFIX + name, error.reason) from None
+        keys = {flag_of(name): key for key, name in names.items()}
+        raise ConfigError(keys[error.field], error.reason) from None
 
 
 def with_host_memory(config: ProgramConfig, num_replicas: int = 1) -> ProgramConfig:

@@ -101,14 +101,20 @@ def check_supported(server_args: Any, environ: Mapping[str, str] = os.environ) -
     check(resolving_view(server_args), environ)
 
 
-def check_installed() -> None:
-    """Raise `ActivationError` where there is no SGLang, as with the router's extra alone."""
+def installed_version() -> str | None:
+    """SGLang's version; None where there is none, as with the router's extra alone."""
     try:
-        metadata.version("sglang")
+        return metadata.version("sglang")
     except metadata.PackageNotFoundError:
+        return None
+
+
+def check_installed() -> None:
+    """Raise `ActivationError` where there is no SGLang."""
+    if installed_version() is None:
         raise ActivationError(
             "sglang is not installed: install this package with its extra gpu or cpu"
-        ) from None
+        )
 
 
 def check_version(installed: str | None = None) -> None:
